@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .PHONY: help setup demo test test-all lab docs bench export
 
 PY := .venv/bin/python
-PIP := $(PY) -m pip --disable-pip-version-check install -q -c constraints.txt
+PIP := $(PY) -m pip --disable-pip-version-check install -qq -c constraints.txt
 JOBS ?= 2
 ARGS ?=
 
@@ -35,9 +35,9 @@ demo: setup
 # One thread a process: many small processes on few cores otherwise wait for each other.
 test test-all: export OMP_NUM_THREADS = 1
 test: setup
-	@$(PY) -m pytest -n $(JOBS) $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 test-all: setup
-	@$(PY) -m pytest -n $(JOBS) --run-slow $(ARGS)
+	@$(PY) -m pytest -n $(JOBS) --dist worksteal --run-slow $(ARGS)
 
 lab: setup
 	@$(PY) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) nbs/index.ipynb $(ARGS)

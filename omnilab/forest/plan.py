@@ -38,7 +38,7 @@ def triangle(
     call:int=CALL, # cells that a call costs
 )->list[tuple]: # tiles
     "A causal triangle as one tile, or halved while that pays."
-    if (b - a) ** 2 <= 8 * call: return [(a, b, a, b, CAUSAL)]
+    if (b - a) ** 2 <= max(1, 8 * call): return [(a, b, a, b, CAUSAL)]
     mid = (a + b) // 2
     return [*triangle(a, mid, call), *triangle(mid, b, call), (mid, b, a, mid, FULL)]
 

@@ -83,8 +83,9 @@ class Tree:
     reach:Tensor         # last key each token may see, [n]
     nodes:Tensor         # start, stop, end, parent of every node, [nodes, 4]
     source:Tensor        # index whose output predicts each target, [m]
-    target:Tensor        # index of each trained token, [m]
+    target:Tensor        # token id of each target, [m]
     weight:Tensor        # rows in which it is trained, float32 [m]
+    at:Tensor            # index of the trained token itself, [m]
     last:Tensor          # index of the last token of each row, [rows]
     rows:list[Row]       # the rows it was made from
     positions:Tensor|None = None                            # [p, n] or None: depth
@@ -118,7 +119,7 @@ def vectors(
     nodes:Tensor, # start, stop, end, parent of every node, [nodes, 4]
 )->tuple[Tensor, Tensor, Tensor]: # end, depth and predecessor (-1 at the root) of every token, each [n]
     "What every token knows of its node."
-    start, stop, end, parent = nodes.unbind(1)
+    start, stop, end, parent = nodes.T.contiguous()
     t = torch.arange(int(stop[-1]))
     node = torch.searchsorted(stop, t, right=True)                # node of each token
     before = torch.where(parent < 0, -1, stop[parent] - 1)        # predecessor of each node's first token
@@ -152,12 +153,13 @@ def tree(
     nodes = layout([stop - at for _, at, stop, _ in found], [parent for *_, parent in found])
     end, depth, before = vectors(nodes)
     weight, last = count(found, nodes, rows)
-    target = weight.nonzero()[:, 0]
+    at = weight.nonzero()[:, 0]
     longest = [max((rows[i] for i in group), key=len) for group, *_ in found]
-    def lay(get): return torch.cat([get(r)[..., at:stop] for r, (_, at, stop, _) in zip(longest, found)], -1)
+    def lay(get): return torch.cat([get(r)[..., a:b] for r, (_, a, b, _) in zip(longest, found)], -1)
+    ids, causal = lay(lambda r: r.ids), torch.arange(len(end))
     positions = None if rows[0].positions is None else lay(lambda r: r.positions)
     extras = {k: lay(lambda r, k=k: r.extras[k]) for k in rows[0].extras}
-    return Tree(lay(lambda r: r.ids), end, depth, torch.arange(len(end)), nodes, before[target], target, weight[target], last, rows, positions, extras)
+    return Tree(ids, end, depth, causal, nodes, before[at], ids[at], weight[at], at, last, rows, positions, extras)
 
 # %% ../../nbs/forest/00_tree.ipynb #ec0180fc
 def novel(
@@ -215,7 +217,7 @@ def draw_tree(
         x, y = tree.depth[start:stop].tolist(), [lane[i]] * (stop - start)
         if parent >= 0: ax.plot([x[0] - 1, x[0]], [lane[parent], lane[i]], c='.7', lw=1, zorder=0)
         ax.plot(x, y, c='.7', lw=1, zorder=0)
-    weight = dict(zip(tree.target.tolist(), tree.weight.tolist()))
+    weight = dict(zip(tree.at.tolist(), tree.weight.tolist()))
     place = [lane[int(torch.searchsorted(tree.nodes[:, 1].contiguous(), t, right=True))] for t in range(len(tree))]
     for t, (x, y) in enumerate(zip(tree.depth.tolist(), place)):
         ax.text(x, y, label(int(tree.ids[t])) + (f' ×{weight[t]:.0f}' if weight.get(t, 0) > 1 else ''), ha='center', va='center', fontsize=9,

@@ -112,15 +112,15 @@ class Scorer(nn.Module):
     def tie_weights(self): self.model.tie_weights()
 
     def forward(self,
-        pack, # has `model_inputs()`, `source` [m] and `target` [m]
+        pack, # has `model_inputs()`, `source` [m] and `labels` [m]
     )->Stats: # one number of each kind a target
         for m in self.model.modules():
             if getattr(m, 'rope_deltas', None) is not None: m.rope_deltas = None
-        with capture(self.head) as box: out = self.model(**pack.model_inputs(), use_cache=False, return_dict=True)
+        with capture(self.head) as box: out = self.model(**{**pack.model_inputs(), 'use_cache': False, 'return_dict': True})
         if box.hidden is None: raise ValueError(f'{type(self.model).__name__}: the forward pass never called its output head')
         if self.finish is None: self.finish = find_finish(self.config, box.raw, out.logits)
         hidden = box.hidden.reshape(-1, box.hidden.shape[-1])[pack.source]
-        return score_chunks(self.score, hidden, pack.target, max(1, self.logits // box.raw.shape[-1]))
+        return score_chunks(self.score, hidden, pack.labels, max(1, self.logits // box.raw.shape[-1]))
 
     def score(self,
         hidden:Tensor, # input of the head at each source, [c, d]

@@ -70,5 +70,5 @@ def sft_objective(
     def objective(stats, pack, denominator):
         loss, metrics = sft(stats, pack.weight, denominator, z_loss)
         if table is None: return loss, metrics
-        return loss, metrics | by_kind(-stats.logp, pack.weight, table.to(pack.target.device)[pack.target], names)
+        return loss, metrics | by_kind(-stats.logp, pack.weight, table.to(pack.labels.device)[pack.labels], names)
     return objective

@@ -27,6 +27,7 @@ def reserved(
     "Whether a string is kept for tests."
     return crc32(word.encode()) % 8 == 0
 
+# %% ../../../nbs/data/world/01_text.ipynb #6c515e70
 def sample_word(
     rng, # numpy Generator
     symbols, # the alphabet: a string or a sequence of strings
@@ -51,6 +52,7 @@ def font(
     folder = Path(find_spec('matplotlib').origin).parent / 'mpl-data/fonts/ttf'
     return ImageFont.truetype(str(folder / f'{name}.ttf'), size)
 
+# %% ../../../nbs/data/world/01_text.ipynb #5baef983
 @cache
 def fitting(
     name:str, # one of `FONTS`

@@ -1,0 +1,46 @@
+"Flags that stay off unless asked for, and what each test cost in CPU seconds, told at the end."
+import os, re, resource, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not re.search(r'/[._]', str(p.relative_to(ROOT.parent))))
+FLAGS = 'slow', 'gpu', 'network'
+BUDGET = 20     # CPU seconds of one notebook, imports included
+
+
+def name(path): return str(path.relative_to(ROOT/'nbs').with_suffix(''))
+
+
+def run(args, cwd=ROOT, **env):
+    "A fresh process that can't reach the network by accident or another run's folders, and its CPU seconds."
+    keep = {k: v for k, v in os.environ.items() if not k.startswith('OMNILAB_')}
+    keep.update({'MPLBACKEND': 'agg', 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', **env})
+    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    before = used()
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=keep, capture_output=True, text=True)
+    return done, used() - before
+
+
+def pytest_addoption(parser):
+    for flag in FLAGS: parser.addoption(f'--run-{flag}', action='store_true', help=f'run what is flagged {flag}, too')
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        for flag in FLAGS:
+            if item.get_closest_marker(flag) and not config.getoption(f'--run-{flag}'): item.add_marker(pytest.mark.skip(reason=f'needs --run-{flag}'))
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    reports = [r for kind in ('passed', 'failed') for r in terminalreporter.stats.get(kind, []) if getattr(r, 'when', '') == 'call']
+    spent = sorted(((dict(r.user_properties)['cpu'], r.nodeid) for r in reports if 'cpu' in dict(r.user_properties)), reverse=True)
+    if not spent: return
+    books = [(s, n) for s, n in spent if 'test_notebook[' in n]
+    terminalreporter.section('CPU seconds')
+    for s, n in spent[:10] + [o for o in spent[10:] if o not in books]: terminalreporter.line(f'{s:7.1f}  {n}')
+    terminalreporter.line(f'{sum(s for s, _ in books):7.1f}  all {len(books)} notebooks')
+    for s, n in books:
+        if s > BUDGET and not config.getoption('--run-slow'):
+            terminalreporter.line(f'over the budget of {BUDGET} CPU seconds: {n}; make it cheaper, or flag cells #| slow', yellow=True)

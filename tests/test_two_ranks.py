@@ -1,0 +1,118 @@
+"""Two processes train the model that one process trains: same losses, same weights, and they resume to the bit."""
+import os, subprocess, sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+import pytest
+import torch
+from torch import Tensor, nn
+
+STEPS = 6
+
+
+class Tiny(nn.Module):
+    "Tokens and, in some packs only, an image through a vision tower."
+    def __init__(self, vocab=30, d=12, dropout=0.):
+        super().__init__()
+        self.embed, self.vision_tower, self.unused = nn.Embedding(vocab, d), nn.Linear(3, d), nn.Linear(2, 2)
+        self.inner, self.drop, self.lm_head = nn.Linear(d, d), nn.Dropout(dropout), nn.Linear(d, vocab, bias=False)
+        self.config = SimpleNamespace(get_text_config=lambda: SimpleNamespace())
+    def get_input_embeddings(self): return self.embed
+    def get_output_embeddings(self): return self.lm_head
+    def forward(self, input_ids, pixels=None, **kw):
+        x = self.embed(input_ids)
+        if pixels is not None: x = torch.cat([x[:, :1] + self.vision_tower(pixels), x[:, 1:]], 1)
+        return SimpleNamespace(logits=self.lm_head(self.drop(self.inner(x).relu())))
+
+
+@dataclass
+class Toy:
+    input_ids: Tensor
+    source: Tensor
+    labels: Tensor
+    weight: Tensor
+    media: dict
+    def model_inputs(self): return {'input_ids': self.input_ids, **self.media}
+    def to(self, device): return self
+
+
+def toy(n):
+    g = torch.Generator().manual_seed(n)
+    ids, weight = torch.randint(30, (1, n), generator=g), torch.randint(1, 4, (n - 1,), generator=g).float()
+    return Toy(ids, torch.arange(n - 1), ids[0, 1:], weight, {'pixels': torch.randn(1, 1, 3, generator=g)} if n % 3 == 0 else {})
+
+
+class Kinds:
+    "Tokens from 15 on are an image's."
+    def token_kinds(self): return (torch.arange(30) >= 15).long(), ('text', 'image')
+
+
+class Keep:
+    def __init__(self, stop=None): self.rows, self.stop = [], stop
+    def on_step(self, run):
+        self.rows.append({k: v for k, v in run.metrics.items() if k != 'time'})
+        run.stop = run.step == self.stop
+
+
+def build(seed, dropout=0.):
+    from omnilab.objectives.score import Scorer
+    from omnilab.objectives.sft import sft_objective, size
+    from omnilab.train.loop import Epochs, accelerator, optimizers, prepare, schedule
+    torch.manual_seed(seed)
+    model, acc = Tiny(dropout=dropout), accelerator(device='cpu', mixed=True)
+    torch.manual_seed(seed + acc.process_index)         # every process its own dropout
+    return prepare(Scorer(model), optimizers(model, lr=.01, weight_decay=.1), acc, data=Epochs([toy(n) for n in range(4, 9)], seed=1),
+                   objective=sft_objective(Kinds()), size=size, schedule=schedule('cosine', STEPS, 1), steps=STEPS, packs=3)
+
+
+def worker(out):
+    from omnilab.train.checkpoint import Checkpoint, resume
+    from omnilab.train.loop import train
+    result, out = {}, Path(out)
+    run = train(build(0), [keep := Keep()])
+    result |= {'world': run.accelerator.num_processes, 'rows': keep.rows, 'weights': run.model.state_dict()}
+    straight = train(build(0, .3), [a := Keep()])
+    train(build(0, .3), [b := Keep(stop=3), Checkpoint(out.with_suffix('.run'), {})])
+    resume(again := build(9, .3), out.with_suffix('.run'), {})
+    train(again, [c := Keep()])
+    result |= {'straight': a.rows, 'resumed': b.rows + c.rows,
+               'equal': all(p.equal(q) for p, q in zip(straight.model.parameters(), again.model.parameters()))}
+    if run.accelerator.is_main_process: torch.save(result, out)
+
+
+def launch(n, out):
+    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), __file__, str(out)]
+    done = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return torch.load(out, weights_only=True)
+
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory):
+    tmp = tmp_path_factory.mktemp('ranks')
+    return [launch(n, tmp/f'{n}.pt') for n in (1, 2)]
+
+
+def test_same_losses(results):
+    one, two = results
+    assert (one['world'], two['world']) == (1, 2)
+    assert len(one['rows']) == len(two['rows']) == STEPS
+    assert [r['packs'] for r in two['rows']] == [3, 2] * (STEPS // 2)      # a process without a pack of its own keeps company
+    for a, b in zip(one['rows'], two['rows']):
+        assert a.keys() == b.keys() and {'loss/text', 'loss/image'} <= a.keys()
+        assert all(abs(a[k] - b[k]) < 1e-5 for k in a), (a, b)
+
+
+def test_same_weights(results):
+    one, two = results
+    for name, w in one['weights'].items(): torch.testing.assert_close(two['weights'][name], w, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize('world', [1, 2])
+def test_resumes_to_the_bit(results, world):
+    r = results[world - 1]
+    assert r['straight'] == r['resumed'] and r['equal']
+
+
+if __name__ == '__main__': worker(sys.argv[1])
