@@ -9,28 +9,21 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import yaml
+from markdown.extensions.toc import slugify, unique
 from omnilab._modidx import d as modidx
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS, SITE, BUILD = ROOT/'nbs', ROOT/'_docs', ROOT/'build/docs'      # notebooks, result, what is made on the way
 RAN, PAGES = BUILD/'nbs', BUILD/'pages'                             # notebooks with their outputs; the same as mkdocs reads them
-SYMBOLS = sorted({s.removeprefix(m + '.') for m, syms in modidx['syms'].items() for s in syms})
 RUN = 'import sys; from nbdev.test import test_nb; sys.exit(not test_nb(sys.argv[1], skip_flags=["slow", "gpu", "network"], save=True)[0])'
-
-
-CSS = '''
-.md-grid { max-width: 90rem }
-.jp-InputPrompt, .jp-OutputPrompt, .jp-InputArea-prompt, .jp-OutputArea-prompt { display: none !important }
-.jupyter-wrapper .jp-Cell { padding-left: 0 !important; padding-right: 0 !important }
-.jupyter-wrapper img, .jupyter-wrapper svg { max-width: 100%; height: auto }
-'''
+SYMBOLS = sorted({s.removeprefix(m + '.') for m, syms in modidx['syms'].items() for s in syms})
 
 
 def html_name(path): return re.sub(r'(^|/)\d+\w?_([^/]*)$', r'\1\2', str(path)).replace('.ipynb', '.html')      # as nbdev names pages
 
 
 def run_notebook(path):
-    "A copy with outputs, made again only when the notebook changed; exported cells keep their source on the page."
+    "A copy with outputs, made again only when the notebook changed; exported cells keep their source on the page. The error, if any."
     source, copy = path.read_text(), RAN/path.relative_to(NBS)
     stamp, digest = copy.with_suffix('.sha'), hashlib.sha256(source.encode()).hexdigest()
     if copy.exists() and stamp.exists() and stamp.read_text() == digest: return
@@ -38,76 +31,76 @@ def run_notebook(path):
     copy.write_text(re.sub(r'"#\| ?export(\\n)?"', r'"#| exports\1"', source))
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
     done = subprocess.run([sys.executable, '-c', RUN, copy], cwd=ROOT, env=env, capture_output=True, text=True)
-    if done.returncode == 0: stamp.write_text(digest)
-    else: return f'{path.relative_to(ROOT)} does not run: {done.stderr.strip().splitlines()[-1]}'
+    if done.returncode: return f'{path.relative_to(ROOT)} does not run: {done.stderr.strip().splitlines()[-1]}'
+    stamp.write_text(digest)
 
 
 def run_all():
     "Copies of all notebooks, and of the pictures and styles that they name; the errors."
-    books = [p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts]
     for old in RAN.rglob('*.*'):
         if old.suffix != '.sha' and not (NBS/old.relative_to(RAN)).exists(): old.unlink()
-    for p in NBS.rglob('*.*'):
-        if not p.is_file() or p.is_symlink() or p.suffix in ('.ipynb', '.yml'): continue
+    files = [p for p in NBS.rglob('*.*') if p.is_file() and not p.is_symlink() and '.ipynb_checkpoints' not in p.parts]
+    for p in files:
+        if p.suffix in ('.ipynb', '.yml'): continue
         (RAN/p.relative_to(NBS)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(p, RAN/p.relative_to(NBS))
-    with ThreadPoolExecutor(2) as pool: return [e for e in pool.map(run_notebook, books) if e]
-
-
-def options(cell):
-    "A cell's `#|` options, which are taken out of its source."
-    lines = ''.join(cell['source']).splitlines(keepends=True)
-    cell['source'] = ''.join(l for l in lines if not l.startswith('#|'))
-    return dict(re.findall(r'^#\| *([\w-]+): *(.*)$', ''.join(lines), re.M))
+    with ThreadPoolExecutor(2) as pool: return [e for e in pool.map(run_notebook, [p for p in files if p.suffix == '.ipynb']) if e]
 
 
 def heading(cell):
     "In place of nbdev's signature (the source below says the same): a title, with the anchors that links to it and its methods use."
     sym = re.search(r'show_doc\((.*?)\)', ''.join(cell['source']))[1]
     anchors = ''.join(f'<a id="{s.lower()}"></a>' for s in SYMBOLS if s == sym or s.startswith(sym + '.'))
-    return dict(cell_type='markdown', id=cell['id'], source=f'### {sym} {anchors}')
+    return dict(cell_type='markdown', id=cell['id'], source=f'### {sym}\n{anchors}')
 
 
 def page(nb, at):
     "A processed notebook as mkdocs-jupyter reads it: valid, without Quarto's words, links to pages and relative."
-    cells = []
+    cells, used = [], set()
+
+    def titled(m):      # plain words, and the anchor that the page's table of contents points at
+        text = m[2].replace('`', '')
+        return f'{m[1]}{text} <a id="{unique(slugify(text, "-"), used)}"></a>'
+
     for c in nb['cells']:
         if c['cell_type'] == 'raw':
             front = yaml.safe_load(''.join(c['source']).strip().strip('-'))
             c.update(cell_type='markdown', source=f'# {front["title"]}\n> {front["description"]}')
         if c.pop('has_sd', False): c = heading(c)
-        c['metadata'] = {}
+        c['metadata'], source = {}, ''.join(c['source'])
         if c['cell_type'] == 'code':
-            if options(c).get('echo') == 'false': c['metadata']['tags'] = ['no-input']
-            c.update(execution_count=None, outputs=c.get('outputs', []))
+            if re.search(r'^#\| *echo: *false', source, re.M): c['metadata']['tags'] = ['no-input']
+            c.update(execution_count=None, outputs=c.get('outputs', []), source=re.sub(r'^#\|.*\n?', '', source, flags=re.M))
         else:
-            text = re.sub(r'(\]\()([^)\s:]+\.ipynb)', lambda m: m[1] + html_name(m[2]), ''.join(c['source']))
-            c['source'] = re.sub(r'\]\(/([^)]*)\)', lambda m: f']({posixpath.relpath(m[1], at.parent.as_posix())})', text)
-        if ''.join(c['source']).strip() or c.get('outputs'): cells.append(c)
+            source = re.sub(r'^(#+ )(.*)', titled, source, flags=re.M)
+            source = re.sub(r'(\]\()([^)\s:]+\.ipynb)', lambda m: m[1] + html_name(m[2]), source)
+            c['source'] = re.sub(r'\]\(/([^)]*)\)', lambda m: f']({posixpath.relpath(m[1], at.parent.as_posix())})', source)
+        if c['source'].strip() or c.get('outputs'): cells.append(c)
     return {**nb, 'cells': cells, 'metadata': {'kernelspec': nb['metadata'].get('kernelspec', {})}}
 
 
 def write_pages():
     from nbdev.serve import proc_nbs
     os.chdir(ROOT)
-    made = Path(proc_nbs(str(RAN.relative_to(ROOT)), n_workers=2, force=True))
+    os.environ['PYTHONWARNINGS'] = 'ignore'
+    try: made = Path(proc_nbs(str(RAN.relative_to(ROOT)), n_workers=2, force=True))
+    except Exception as e: sys.exit(f'nbdev: {" ".join(str(e).split())[:300]}')
     shutil.rmtree(PAGES, ignore_errors=True)
-    for p in made.rglob('*'):
-        to = PAGES/p.relative_to(made)
+    for p in made.rglob('*.*'):
         if not p.is_file() or p.suffix in ('.yml', '.sha'): continue
+        to = PAGES/html_name(p.relative_to(made)).replace('.html', '.ipynb') if p.suffix == '.ipynb' else PAGES/p.relative_to(made)
         to.parent.mkdir(parents=True, exist_ok=True)
-        if p.suffix != '.ipynb': shutil.copy(p, to); continue
-        to = PAGES/html_name(p.relative_to(made)).replace('.html', '.ipynb')
-        to.write_text(json.dumps(page(json.loads(p.read_text()), p.relative_to(made))))
+        if p.suffix == '.ipynb': to.write_text(json.dumps(page(json.loads(p.read_text()), p.relative_to(made))))
+        else: shutil.copy(p, to)
 
 
 def nav(contents):
     "The Quarto sidebar as mkdocs navigation."
     for c in contents:
-        if isinstance(c, str):
+        if isinstance(c, dict): yield {c['section']: list(nav(c['contents']))}
+        else:
             at = html_name(c).replace('.html', '.ipynb')
-            yield {json.loads((PAGES/at).read_text())['cells'][0]['source'].split('\n')[0].strip('# '): at}
-        else: yield {c['section']: list(nav(c['contents']))}
+            yield {json.loads((PAGES/at).read_text())['cells'][0]['source'].split('\n')[0].split('<a')[0].strip('# '): at}
 
 
 def render():
@@ -115,8 +108,7 @@ def render():
     jupyter = dict(execute=False, include_requirejs=False, ignore_h1_titles=False, remove_tag_config=dict(remove_input_tags=['no-input']))
     theme = dict(name='material', font=False, features=['navigation.sections', 'navigation.footer', 'toc.follow'])
     config = dict(site_name='omnilab', docs_dir=str(PAGES), site_dir=str(SITE), use_directory_urls=False, nav=list(nav(quarto['sidebar']['contents'])),
-                  theme=theme, extra_css=['styles.css', 'preview.css'], plugins=['search', {'mkdocs-jupyter': jupyter}])
-    (PAGES/'preview.css').write_text(CSS)
+                  theme=theme, extra_css=['styles.css'], plugins=['search', {'mkdocs-jupyter': jupyter}])
     (BUILD/'mkdocs.yml').write_text(yaml.safe_dump(config, sort_keys=False))
     done = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--quiet', '--clean', '-f', BUILD/'mkdocs.yml'], capture_output=True, text=True)
     if done.returncode: sys.exit(done.stderr[-3000:])
@@ -137,14 +129,13 @@ class Links(HTMLParser):
 
 def broken():
     "Every internal link or picture that leads nowhere, a line each."
-    pages = {p.resolve(): Links(p.read_text()) for p in SITE.rglob('*.html')}
+    pages = {p.resolve(): Links(p.read_text()) for p in SITE.rglob('*.html') if p.name != '404.html'}
     for at, links in sorted(pages.items()):
         for target in sorted(links.targets):
             url = urlsplit(target)
-            if url.scheme or url.netloc or at.name == '404.html': continue
-            to = (SITE/url.path.lstrip('/') if url.path.startswith('/') else at.parent/unquote(url.path)).resolve() if url.path else at
-            if to.is_dir(): to = to/'index.html'
-            if not to.exists() or (to in pages and unquote(url.fragment) not in pages[to].anchors): yield f'{at.relative_to(SITE)}: broken link {target}'
+            if url.scheme or url.netloc: continue
+            to = (at.parent/unquote(url.path)).resolve() if url.path else at
+            if not to.is_file() or (to in pages and unquote(url.fragment) not in pages[to].anchors): yield f'{at.relative_to(SITE)}: broken link {target}'
 
 
 if __name__ == '__main__':

@@ -48,7 +48,7 @@ def open_sound(
     "A sound whose length is known and allowed."
     import soundfile
     s = soundfile.SoundFile(f)
-    torn = re.search(r'(?:data|SSND)\s*: (\d+) \(should be (\d+)\)', s.extra_info)
+    torn = re.search(r'(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)', s.extra_info)
     if torn and int(torn[2]) < int(torn[1]) < 2**31 - 2**16: raise refuse(src, f'torn, {torn[2]} of {torn[1]} bytes of sound', 'a whole audio file')
     limits.check(src, 'seconds', s.frames / s.samplerate)
     limits.check(src, 'bytes', s.frames * s.channels * 4)
@@ -80,8 +80,8 @@ def read_track(
         for frame in c.decode(s):
             if start is None: start = round(float(frame.pts * frame.time_base) * s.rate)
             blocks += [b.to_ndarray() for b in same.resample(frame)]                      # [channels, n]
+            limits.check(src, 'seconds', count / s.rate)                                  # a header may say less; the last block may be padded
             count += blocks[-1].shape[1]
-            limits.check(src, 'seconds', count / s.rate)                                  # headers may say less
         if not blocks: return None
         wave = np.concatenate(blocks, 1).mean(0)
         end = len(wave) if s.duration is None else round(float(s.duration * s.time_base) * s.rate)

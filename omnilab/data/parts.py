@@ -10,6 +10,7 @@ __all__ = ['MEDIA', 'TYPES', 'ROLES', 'Part', 'Message', 'Sample', 'RowError', '
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
+from .files import one_line
 
 # %% ../../nbs/data/04_parts.ipynb #5bf6c1d0
 MEDIA = 'image', 'audio', 'video'
@@ -59,9 +60,9 @@ class Sample:
 class RowError(ValueError):
     "A row that can't be used, said in one line."
     def __init__(self, message:str, origin:str='', field:str=''):
-        self.message, self.origin, self.field = ' '.join(str(message).split()), origin, field
+        self.message, self.origin, self.field = one_line(message), origin, field
         place = ' '.join(p for p in (origin, field) if p)
-        super().__init__(f'{place}: {self.message}' if place else self.message)
+        super().__init__(one_line(f'{place}: {self.message}' if place else self.message))
 
     def at(self, origin:str)->'RowError':
         "The same complaint about a row whose place is known."
@@ -101,6 +102,7 @@ def sample_html(
     s:Sample, # a sample
 )->str: # HTML
     "A conversation, a line a message."
-    lines = [f'<tr><td style="text-align:left"><b>{m.role}</b></td><td style="text-align:left">{" ".join(map(part_html, m.parts))}</td></tr>' for m in s.messages]
+    cell = '<td style="text-align:left">{}</td>'.format
+    lines = [f'<tr>{cell(f"<b>{m.role}</b>")}{cell(" ".join(map(part_html, m.parts)))}</tr>' for m in s.messages]
     about = escape(' · '.join([s.origin or 'no origin', *(f'{k}: {v}' for k, v in s.meta.items())]))
     return f'<table>{"".join(lines)}</table><small>{about}</small>'

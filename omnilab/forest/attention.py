@@ -74,21 +74,23 @@ def backend(
 # %% ../../nbs/forest/02_attention.ipynb #900d2620
 def walk(
     tiles:Tensor, # first query, one past, first key, one past, kind, [tiles, 5]
-    bias:Tensor, # additive masks of the masked tiles, flat
+    end:Tensor, # one past the last token below each token's node, [n]
+    like:Tensor, # dtype and device of additive masks
 ):
     "Each tile as (slice of queries, slice of keys, kind, its additive mask or None)."
-    at = 0
     for q0, q1, k0, k1, kind in tiles.tolist():
-        m = None
-        if kind == MASKED: m, at = bias[at:at + (q1 - q0)**2].view(q1 - q0, q1 - q0), at + (q1 - q0)**2
-        yield slice(q0, q1), slice(k0, k1), kind, m
+        bias = None
+        if kind == MASKED:
+            seen = (torch.arange(q0, q1)[:, None] < end[q0:q1]).tril_().to(like.device)
+            bias = torch.where(seen, like.new_zeros(()), -torch.inf)
+        yield slice(q0, q1), slice(k0, k1), kind, bias
 
 # %% ../../nbs/forest/02_attention.ipynb #08b03deb
-def run_tiles(q:Tensor, k:Tensor, v:Tensor, tiles:Tensor, bias:Tensor, scale:float)->tuple[Tensor, Tensor]:
+def run_tiles(q:Tensor, k:Tensor, v:Tensor, tiles:Tensor, end:Tensor, scale:float)->tuple[Tensor, Tensor]:
     "Output [1, heads, n, dv] and log-sum-exp [1, heads, n] of all tiles together."
     out, lse = empty(q, v)
     forward = backend(q, v).forward
-    for a, b, kind, m in walk(tiles, bias):
+    for a, b, kind, m in walk(tiles, end, q):
         o, l = forward(q[:, :, a], k[:, :, b], v[:, :, b], kind == CAUSAL, m, scale)
         old, at = out[:, :, a], lse[:, :, a]
         if kind == FULL:
@@ -107,11 +109,11 @@ def empty(
     return q.new_empty(1, n, h, v.shape[-1]).transpose(1, 2), q.new_empty(1, n, h, dtype=torch.promote_types(q.dtype, torch.float32)).transpose(1, 2)
 
 # %% ../../nbs/forest/02_attention.ipynb #ad7ed46e
-def run_tiles_backward(g:Tensor, q:Tensor, k:Tensor, v:Tensor, out:Tensor, lse:Tensor, tiles:Tensor, bias:Tensor, scale:float)->list[Tensor]:
+def run_tiles_backward(g:Tensor, q:Tensor, k:Tensor, v:Tensor, out:Tensor, lse:Tensor, tiles:Tensor, end:Tensor, scale:float)->list[Tensor]:
     "Gradients of q, k and v."
     grads = [torch.empty_like(x) for x in (q, k, v)]
     backward = backend(q, v).backward
-    for a, b, kind, m in walk(tiles, bias):
+    for a, b, kind, m in walk(tiles, end, q):
         shares = backward(g[:, :, a], q[:, :, a], k[:, :, b], v[:, :, b], out[:, :, a], lse[:, :, a], kind == CAUSAL, m, scale)
         for grad, share, s in zip(grads, shares, (a, b, b)):
             if kind == FULL: grad[:, :, s] += share
@@ -120,19 +122,19 @@ def run_tiles_backward(g:Tensor, q:Tensor, k:Tensor, v:Tensor, out:Tensor, lse:T
 
 # %% ../../nbs/forest/02_attention.ipynb #7444300e
 @torch.library.custom_op('omnilab::forest', mutates_args=())
-def forest_op(q:Tensor, k:Tensor, v:Tensor, tiles:Tensor, bias:Tensor, scale:float)->tuple[Tensor, Tensor]:
-    return run_tiles(q, k, v, tiles, bias, scale)
+def forest_op(q:Tensor, k:Tensor, v:Tensor, tiles:Tensor, end:Tensor, scale:float)->tuple[Tensor, Tensor]:
+    return run_tiles(q, k, v, tiles, end, scale)
 
 @forest_op.register_fake
-def _(q, k, v, tiles, bias, scale): return empty(q, v)
+def _(q, k, v, tiles, end, scale): return empty(q, v)
 
 # %% ../../nbs/forest/02_attention.ipynb #15d75193
 @torch.library.custom_op('omnilab::forest_backward', mutates_args=())
-def forest_backward_op(g:Tensor, q:Tensor, k:Tensor, v:Tensor, out:Tensor, lse:Tensor, tiles:Tensor, bias:Tensor, scale:float)->list[Tensor]:
-    return run_tiles_backward(g, q, k, v, out, lse, tiles, bias, scale)
+def forest_backward_op(g:Tensor, q:Tensor, k:Tensor, v:Tensor, out:Tensor, lse:Tensor, tiles:Tensor, end:Tensor, scale:float)->list[Tensor]:
+    return run_tiles_backward(g, q, k, v, out, lse, tiles, end, scale)
 
 @forest_backward_op.register_fake
-def _(g, q, k, v, out, lse, tiles, bias, scale): return [torch.empty_like(x) for x in (q, k, v)]
+def _(g, q, k, v, out, lse, tiles, end, scale): return [torch.empty_like(x) for x in (q, k, v)]
 
 # %% ../../nbs/forest/02_attention.ipynb #d4e35104
 def _save(ctx, inputs, output):
@@ -140,8 +142,8 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
 
 def _gradient(ctx, g, _):
-    q, k, v, out, lse, tiles, bias = ctx.saved_tensors
-    return *forest_backward_op(g, q, k, v, out, lse, tiles, bias, ctx.scale), None, None, None
+    q, k, v, out, lse, tiles, end = ctx.saved_tensors
+    return *forest_backward_op(g, q, k, v, out, lse, tiles, end, ctx.scale), None, None, None
 
 forest_op.register_autograd(_gradient, setup_context=_save)
 
@@ -154,7 +156,9 @@ def attention(
     scale:float|None=None, # of the scores; None: one over the root of d
 )->Tensor: # [1, heads, n, dv]
     "Attention over a row of trees."
-    return forest_op(q, k, v, plan.tiles, plan.bias(q.dtype, q.device), q.shape[-1]**-.5 if scale is None else scale)[0]
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind): q, k, v = (x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
+    return forest_op(q, k, v, plan.tiles, plan.end, q.shape[-1]**-.5 if scale is None else scale)[0]
 
 # %% ../../nbs/forest/02_attention.ipynb #a92cf456
 HONOURED = {'attention_mask', 'dropout', 'scaling', 'is_causal', 'sliding_window'}     # sliding_window: where no path is longer

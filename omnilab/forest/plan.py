@@ -6,7 +6,7 @@
 __all__ = ['CALL', 'FULL', 'CAUSAL', 'MASKED', 'visible', 'cost', 'triangle', 'join', 'tile', 'Plan', 'plan', 'draw_plan']
 
 # %% ../../nbs/forest/01_plan.ipynb #d75e1bf5
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 import torch
 from torch import Tensor
 from .tree import Tree
@@ -82,22 +82,9 @@ class Plan:
     tiles:Tensor        # first query, one past the last, first key, one past the last, kind, [tiles, 5]
     end:Tensor          # one past the last token below each token's node, [n]
     longest:int         # tokens of the longest path
-    _bias:dict = field(default_factory=dict, repr=False)
 
     def __len__(self): return len(self.end)
-
-    def bias(self, dtype:torch.dtype, device='cpu')->Tensor: # 0 where visible, else minus infinity; masked tiles one after the other, flat
-        "What is added to the scores of the masked tiles."
-        key = dtype, str(device)
-        if key not in self._bias:
-            seen = [self.visible(q0, q1).flatten() for q0, q1, *_, kind in self.tiles.tolist() if kind == MASKED]
-            seen = torch.cat(seen) if seen else torch.ones(0, dtype=torch.bool)
-            self._bias[key] = torch.zeros(len(seen), dtype=dtype).masked_fill_(~seen, -torch.inf).to(device)
-        return self._bias[key]
-
-    def visible(self, a:int=0, b:int|None=None)->Tensor: # bool [b-a, b-a]
-        "The dense mask of tokens `a` to `b`, by the rule."
-        return visible(self.end[a:b] - a)
+    def visible(self)->Tensor: return visible(self.end)     # the dense mask, bool [n, n]
 
 # %% ../../nbs/forest/01_plan.ipynb #9bd20e87
 def plan(
@@ -107,7 +94,8 @@ def plan(
     "The rectangles of a row of trees."
     nodes, ends, n = [], [], 0
     for t in trees:
-        if (t.reach != torch.arange(len(t))).any(): raise ValueError(f'row {t.rows[0].origin}: tokens that see later ones (bidirectional blocks) have no plan yet')
+        if (t.reach != torch.arange(len(t))).any():
+            raise ValueError(f'row {t.rows[0].origin}: tokens that see later ones (bidirectional blocks); expected a causal model')
         nodes.append(t.nodes[:, :3] + n); ends.append(t.end + n); n += len(t)
     nodes = torch.cat(nodes)
     tiles = torch.tensor(tile([tuple(x) for x in nodes.tolist()], call))

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 import numpy as np
-from ..data.samples import Part, Sample
-from ..engine.protocol import Completion, Engine, part_html, to_request
+from ..data.parts import Sample, part_html
+from ..engine.protocol import Completion, Engine, to_request
 
 # %% ../../nbs/metrics/00_tasks.ipynb #589b9e11
 class ScoreError(ValueError):

@@ -9,23 +9,31 @@ __all__ = ['RESIDUAL_OUT', 'VisionEncoder', 'lay_out', 'AudioEncoder', 'Projecto
 # %% ../../nbs/models/01_encoders.ipynb #fe85d560
 import torch
 from torch import Tensor, nn
-from transformers import SiglipVisionConfig
+from transformers import PreTrainedModel, SiglipVisionConfig
 from transformers.models.siglip.modeling_siglip import SiglipEncoder
 
 # %% ../../nbs/models/01_encoders.ipynb #7028d53f
-class VisionEncoder(nn.Module):
+class VisionEncoder(PreTrainedModel):
     "Images to one vector a 16 × 16 pixel square: stem, tower, 2 × 2 merge."
+    config: SiglipVisionConfig
+    config_class = SiglipVisionConfig
+    _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self,
         config:SiglipVisionConfig, # hidden_size, layers, heads, image_size; patch_size is the stem's total stride, 8
     ):
-        super().__init__()
+        super().__init__(config)
         w, self.side = config.hidden_size, config.image_size // config.patch_size
         self.stem = nn.Sequential(
             nn.Conv2d(3, w // 4, 4, 2, 1), nn.GELU(), nn.Conv2d(w // 4, w // 2, 4, 2, 1), nn.GELU(), nn.Conv2d(w // 2, w, 4, 2, 1))
         self.position = nn.Parameter(torch.zeros(self.side**2, w))
         self.tower = SiglipEncoder(config)
         self.norm = nn.LayerNorm(w)
+        self.post_init()
+
+    def _init_weights(self, module:nn.Module):
+        super()._init_weights(module)
+        if module is self: nn.init.normal_(self.position, std=.5)
 
     def forward(self, pixel_values:Tensor)->Tensor:   # [n, 3, h, w] -> [n, (side/2)², 4·width]
         x = self.stem(pixel_values).flatten(2).transpose(1, 2) + self.position           # [n, side², width]

@@ -67,8 +67,7 @@ class OmniPreTrainedModel(PreTrainedModel):
 
     def _init_weights(self, module:nn.Module):
         super()._init_weights(module)
-        if isinstance(module, VisionEncoder): nn.init.normal_(module.position, std=.5)
-        elif isinstance(module, OmniModel): nn.init.normal_(module.frame_place.weight, std=.5)
+        if isinstance(module, OmniModel): nn.init.normal_(module.frame_place.weight, std=.5)
 
 # %% ../../nbs/models/02_omni.ipynb #2e86a0a7
 class OmniModel(OmniPreTrainedModel):

@@ -9,7 +9,7 @@ __all__ = ['FRAMES', 'FPS', 'WAYS', 'Clip', 'even', 'sample_path', 'free_places'
 from dataclasses import dataclass
 from functools import cached_property
 import numpy as np
-from .scenes import CANVAS, CELL, COLORS, PLACES, SHAPES, SIZES, Thing, allowed, rest, shift, stamp
+from .scenes import CANVAS, CELL, COLORS, PLACES, SHAPES, SIZES, Thing, allowed, shift, stamp
 
 # %% ../../../nbs/data/world/03_clips.ipynb #61370790
 FRAMES, FPS = 4, 4.

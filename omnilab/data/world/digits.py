@@ -53,12 +53,14 @@ def reduced(
     "A picture as 8×8 shares of ink."
     return 1 - np.asarray(image.convert('L').resize((8, 8), Image.BOX), float).ravel() / 255
 
+# %% ../../../nbs/data/world/04_digits.ipynb #cf731360
 @cache
 def known()->tuple: # float [n, 64] and labels [n]
     "The training scans as the reader sees them."
     n = len(digits('train')[1])
     return np.stack([reduced(Digit('train', i).image) for i in range(n)]), digits('train')[1]
 
+# %% ../../../nbs/data/world/04_digits.ipynb #f75b2025
 def read_digit(
     image, # PIL image, any size
 )->tuple: # the digit, and the distance to the nearest training scan
@@ -72,4 +74,4 @@ def read_digit(
     return best, float(d2[near[0]])**.5
 
 # %% ../../../nbs/data/world/04_digits.ipynb #8e558ee7
-NEAR = 1.7        # largest distance to the nearest training scan, in pixels of ink
+NEAR = 1.7        # largest distance to the nearest training scan, in pixels of ink of 8×8

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['JUDGES', 'CAPTION', 'OUTLINES', 'EMPTY', 'BLUR', 'QUIET', 'PURE', 'BALANCE', 'judge', 'only', 'scores', 'plain',
            'judge_text', 'judge_number', 'field_f1', 'parse_caption', 'judge_caption', 'judge_json', 'iou', 'judge_box',
-           'masks', 'look', 'judge_scene', 'planes', 'listen', 'transcribe', 'edits', 'judge_tones', 'judge_digit']
+           'masks', 'look', 'judge_scene', 'draw_verdicts', 'planes', 'listen', 'transcribe', 'edits', 'judge_tones',
+           'judge_digit']
 
 # %% ../../../nbs/data/world/06_judges.ipynb #e988188c
-import json, re
+import json, re, textwrap
 from collections import Counter
 from functools import cache
 import numpy as np
@@ -16,14 +17,14 @@ from PIL import Image, ImageDraw
 from ..media import load_audio, load_image
 from ..samples import Part
 from .digits import NEAR, read_digit
-from .scenes import CANVAS, CELL, COLORS, PLACES, SHAPES, SIZES
-from .sounds import KEYS, NOTES, OVERTONE, STEP, RATE
+from .scenes import CANVAS, CELL, COLORS, PLACES, SHAPES, SIZES, draw_images
+from .sounds import KEYS, NOTES, RATE, STEP
 
 # %% ../../../nbs/data/world/06_judges.ipynb #b44b8241
 JUDGES = {}
 
 def judge(
-    f, # (parts, answer) -> dict of scores
+    f, # (parts that the model answered with, the sample's meta['answer']) -> dict of scores, 0 to 1
 ): # the same
     "Enter a judge into `JUDGES` under its own name, without `judge_`."
     JUDGES[f.__name__.removeprefix('judge_')] = f
@@ -52,13 +53,13 @@ def plain(
     return ' '.join(text.lower().split())
 
 @judge
-def judge_text(parts, answer):
+def judge_text(parts:list[Part], answer:str)->dict:
     "The same text, but for case and white space."
     text = only(parts, 'text')
     return scores('score', text is not None and plain(text) == plain(answer))
 
 @judge
-def judge_number(parts, answer):
+def judge_number(parts:list[Part], answer:int)->dict:
     "The same whole number."
     text = only(parts, 'text')
     return scores('score', text is not None and re.fullmatch(r'\s*-?[0-9]{1,9}\s*', text) is not None and int(text) == answer)
@@ -84,7 +85,7 @@ def parse_caption(
 
 # %% ../../../nbs/data/world/06_judges.ipynb #65c83dcd
 @judge
-def judge_caption(parts, answer):
+def judge_caption(parts:list[Part], answer:list[dict])->dict:
     "The same things in the same order."
     text = only(parts, 'text')
     if text is None: return scores('score f1')
@@ -92,7 +93,7 @@ def judge_caption(parts, answer):
     return scores('score f1', whole and things == answer, field_f1(things, answer))
 
 @judge
-def judge_json(parts, answer):
+def judge_json(parts:list[Part], answer:list[dict])->dict:
     "Valid JSON with the same objects in the same order."
     try: objects = json.loads(only(parts, 'text') or '')['objects']
     except (ValueError, TypeError, KeyError, IndexError, RecursionError): return scores('score f1 valid')
@@ -111,7 +112,7 @@ def iou(
     return inter / union if union > 0 and w > 0 and h > 0 else 0.
 
 @judge
-def judge_box(parts, answer):
+def judge_box(parts:list[Part], answer:list)->dict:
     "How well a box fits; `hit` is the usual IoU of at least one half."
     box = only(parts, 'box')
     if box is None: return scores('score hit')
@@ -124,7 +125,8 @@ OUTLINES = dict(circle=lambda s: [(s / 2 + s / 2 * np.cos(a), s / 2 + s / 2 * np
                 square=lambda s: [(0, 0), (s, 0), (s, s), (0, s)],
                 triangle=lambda s: [(s / 2, 0), (s, s), (0, s)],
                 diamond=lambda s: [(s / 2, 0), (s, s / 2), (s / 2, s), (0, s / 2)],
-                cross=lambda s: [(x * s, y * s) for x, y in ((.3, 0), (.7, 0), (.7, .3), (1, .3), (1, .7), (.7, .7), (.7, 1), (.3, 1), (.3, .7), (0, .7), (0, .3), (.3, .3))])
+                cross=lambda s: [(x * s, y * s) for x, y in ((.3, 0), (.7, 0), (.7, .3), (1, .3), (1, .7), (.7, .7),
+                                                            (.7, 1), (.3, 1), (.3, .7), (0, .7), (0, .3), (.3, .3))])
 
 @cache
 def masks()->tuple: # names [(shape, size)] and float32 [290, 256], share of each pixel of a cell that is covered
@@ -141,7 +143,7 @@ def masks()->tuple: # names [(shape, size)] and float32 [290, 256], share of eac
     return names, np.stack(rows)
 
 # %% ../../../nbs/data/world/06_judges.ipynb #e62f73b6
-EMPTY, BLUR = 4., .35     # ink (in pixels of black) below which a cell is empty; largest unexplained share of a thing's ink
+EMPTY, BLUR = 4., .2     # ink (in pixels of black) below which a cell is empty; largest unexplained share of a thing's ink
 
 def look(
     image, # anything `load_image` takes; any square size
@@ -155,19 +157,19 @@ def look(
     names, m = masks()
     e = 1 - np.array([*COLORS.values()], np.float32) / 255                              # [8, 3]
     seen = np.flatnonzero(energy / 3 > EMPTY)
-    own = (m**2).sum(1) * (e**2).sum(1)[:, None]                                        # [8, 290]
-    error = energy[seen, None, None] - 2 * np.einsum('npc,kc->nkp', cells[seen], e) @ m.T + own
+    own = np.outer((m**2).sum(1), (e**2).sum(1))                                        # [290, 8]
+    error = energy[seen, None, None] - 2 * (m @ cells[seen]) @ e.T + own                # [n, 290, 8]
     things = []
     for place, err in zip(seen, error):
-        c, k = np.unravel_index(err.argmin(), err.shape)
-        fits = err[c, k] <= BLUR * own[c, k]
-        shape, size = names[k] if fits else (None, None)
-        things.append(dict(size=size, color=[*COLORS][c] if fits else None, shape=shape, place=PLACES[place]))
+        k, c = np.unravel_index(err.argmin(), err.shape)
+        fits = err[k, c] <= BLUR * own[k, c]
+        (shape, size), color = (names[k], [*COLORS][c]) if fits else ((None, None), None)
+        things.append(dict(size=size, color=color, shape=shape, place=PLACES[place]))
     return things
 
 # %% ../../../nbs/data/world/06_judges.ipynb #6cb75aa2
 @judge
-def judge_scene(parts, answer):
+def judge_scene(parts:list[Part], answer:list[dict])->dict:
     "A picture with the right things at the right places and nothing else."
     names = 'score color shape size place extra'
     image = only(parts, 'image')
@@ -178,6 +180,19 @@ def judge_scene(parts, answer):
     extra = not {*seen} - {t['place'] for t in answer}
     parts = [share(k) for k in ('color', 'shape', 'size', 'place')]
     return scores(names, extra and min(parts) == 1, *parts, extra)
+
+# %% ../../../nbs/data/world/06_judges.ipynb #bcd6e192
+def draw_verdicts(
+    images, # pictures to be judged
+    answer, # the truth, a list of field dicts
+    titles, # what was done to each
+): # matplotlib figure
+    "Pictures with their score and the sub-scores that are not one."
+    def verdict(im):
+        got = judge_scene([Part('image', im)], answer)
+        low = ', '.join(k for k, v in got.items() if v < 1 and k != 'score')
+        return 'right' if got['score'] else textwrap.fill(f'wrong: {low}', 20)
+    return draw_images(images, [f'{t}\n{verdict(im)}' for im, t in zip(images, titles)], columns=6, side=1.5)
 
 # %% ../../../nbs/data/world/06_judges.ipynb #78db2e32
 QUIET, PURE, BALANCE = .03, .6, .1     # silence below this RMS; least explained share; least ratio of a key's two energies
@@ -228,7 +243,7 @@ def edits(
     return row[-1]
 
 @judge
-def judge_tones(parts, answer):
+def judge_tones(parts:list[Part], answer:str)->dict:
     "A sound with the right tones in the right order; `symbols` is one minus the error rate."
     sound, names = only(parts, 'audio'), 'score symbols'
     if sound is None: return scores(names)
@@ -238,7 +253,7 @@ def judge_tones(parts, answer):
 
 # %% ../../../nbs/data/world/06_judges.ipynb #11cad513
 @judge
-def judge_digit(parts, answer):
+def judge_digit(parts:list[Part], answer:int)->dict:
     "A picture that reads as the right digit; `legible` says that it is like some scan at all."
     image = only(parts, 'image')
     if image is None: return scores('score legible')

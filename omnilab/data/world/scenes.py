@@ -191,6 +191,4 @@ def draw_images(
 def draw_held_out(): # matplotlib figure
     "Every held-out triple, one canvas for each pair of color and shape."
     canvases = [render([Thing('large', c, s, p) for p in PLACES if novel(c, s, p)]) for s in SHAPES for c in COLORS]
-    fig = draw_images(canvases, columns=len(COLORS), side=.8)
-    for ax, s in zip(fig.axes[::len(COLORS)], SHAPES): ax.set_title(s, fontsize=8, loc='left')
-    return fig
+    return draw_images(canvases, columns=len(COLORS), side=.8)

@@ -11,7 +11,6 @@ from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from zlib import crc32
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from .scenes import CANVAS, COLORS
 

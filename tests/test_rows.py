@@ -1,0 +1,107 @@
+"""What `to_row` writes, `to_sample` reads as the same sample: for any sample, and for the tags that a text may hold by accident."""
+import json, string
+
+import pytest
+from hypothesis import given, settings, strategies as st
+from PIL import Image
+
+from omnilab.data.samples import Message, Part, RowError, Sample, read, to_messages, to_row, to_sample
+
+TAGS = ['<image>', '<audio>', '<video>', '<bbox>', '<ref-object>', '<', 'image>', '']
+SIZES = [(40, 20), (20, 40)]
+
+texts = st.lists(st.sampled_from(TAGS) | st.text(st.characters(codec='utf-8'), max_size=4), max_size=4).map(''.join)
+KEYS = ['messages', 'role', 'content', 'from', 'value', 'conversations', 'images', 'image', 'objects', 'bbox', 'ref', 'type', 'text', 'prompt', 'completion',
+        'system', 'history', 'query', 'response', 'loss', 'url', 'box', 'bytes', 'path']
+LEAVES = st.none() | st.booleans() | st.integers(-2, 9) | st.sampled_from(['', 'user', 'assistant', '<image>', 'a.png', 'text', 'image'])
+ANYTHING = st.recursive(LEAVES, lambda x: st.lists(x, max_size=3) | st.dictionaries(st.sampled_from(KEYS), x, max_size=4), max_leaves=25)
+
+numbers = st.integers(0, 10**6) | st.floats(0, 1e6, allow_nan=False)
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('rows')
+    for i, size in enumerate(SIZES): Image.new('RGB', size).save(folder/f'{i}.png')
+    return folder
+
+
+@st.composite
+def samples(draw, root):
+    "A conversation with an answer; images exist, since boxes are measured in them."
+    kinds = st.lists(st.sampled_from(['text', 'text', 'image', 'audio', 'video', 'box']), max_size=4)
+    roles = [*draw(st.lists(st.sampled_from(['system', 'user', 'assistant', 'tool']), max_size=3)), 'assistant']
+    layout = [draw(kinds) for _ in roles]
+    images = [draw(st.integers(0, 1)) for kind in sum(layout, []) if kind == 'image']
+    place, messages = iter(images), []
+
+    def part(kind):
+        if kind == 'text': return Part('text', draw(texts))
+        if kind == 'image': return Part('image', str(root/f'{next(place)}.png'))
+        if kind in ('audio', 'video'): return Part(kind, draw(st.sampled_from([str(root/'sub'/'a.bin'), '/elsewhere/b.bin', 'data:;base64,AA=='])))
+        k = draw(st.integers(0, len(images) - 1))
+        w, h = SIZES[images[k]]
+        x1, y1 = draw(st.integers(0, w - 1)), draw(st.floats(0, h - 1))
+        return Part('box', [x1, y1, draw(st.integers(x1 + 1, w)), h], {'size': (w, h), **({'image': k} if k else {})})
+
+    for role, parts in zip(roles, layout):
+        loss = draw(st.sampled_from([None, True, False])) if role == 'assistant' else None
+        messages.append(Message(role, [part(k) for k in parts if k != 'box' or images], loss))
+    last = messages[-1]
+    messages[-1] = Message('assistant', (*last.parts, Part('text', 'yes')), True)
+    keys = st.text(string.ascii_lowercase, min_size=8, max_size=9)
+    meta = draw(st.dictionaries(keys, st.none() | st.booleans() | numbers | texts | st.lists(texts, max_size=2), max_size=3))
+    return Sample(messages, meta, 'a.jsonl:1')
+
+
+@settings(max_examples=150, deadline=None, database=None, derandomize=True)
+@given(data=st.data())
+def test_round_trip(root, data):
+    s = data.draw(samples(root))
+    if any(m.role == 'assistant' and m.loss is not False and not m.text.strip() and {p.type for p in m.parts} <= {'text'} for m in s.messages):
+        with pytest.raises(RowError, match='an empty answer'): to_sample(to_row(s, root), root)
+        return
+    row = json.loads(json.dumps(to_row(s, root)))
+    back = to_sample(row, root, s.origin)
+    assert back == s
+    assert to_row(back, root) == row
+    for p, c in zip(back.parts, [c for m in to_messages(back) for c in m['content']]):
+        assert c['type'] == p.type
+        if p.type == 'box': assert all(0 <= v <= 1 for v in c['box'])
+
+
+@settings(max_examples=150, deadline=None, database=None, derandomize=True)
+@given(text=texts)
+def test_a_string_is_its_pieces(text):
+    "Every tag of a string is one part, every other character stays; never more, never fewer."
+    n = {k: text.count(f'<{k}>') for k in ('image', 'audio', 'video', 'ref-object')}
+    row = {'prompt': text.replace('<bbox>', ''), 'completion': 'x', **{f'{k}s': [f'{k}{i}' for i in range(n[k])] for k in ('image', 'audio', 'video')},
+           'objects': {'ref': ['<image>'] * n['ref-object']}}
+    n = {k: row['prompt'].count(f'<{k}>') for k in n}        # what taking <bbox> out has joined counts too
+    row |= {f'{k}s': [f'/{k}{i}' for i in range(n[k])] for k in ('image', 'audio', 'video')} | {'objects': {'ref': ['<image>'] * n['ref-object']}}
+    s = to_sample(row)
+    said = ''.join(p.value if p.type == 'text' else f'<{p.type}>' for p in s.messages[0].parts)
+    assert said == row['prompt'].replace('<ref-object>', '<image>')
+    assert [p.value for p in s.messages[0].parts if p.type == 'image'] == row['images']
+    if n['image']:
+        with pytest.raises(RowError, match='without its entry'): to_sample(row | {'images': row['images'][1:]})
+    with pytest.raises(RowError, match='have no tag'): to_sample(row | {'images': [*row['images'], 'more.png']})
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(row=ANYTHING)
+def test_any_json_is_a_sample_or_one_line(row):
+    "Whatever JSON may hold: a sample, or one line that names the row; no other error."
+    try: assert isinstance(to_sample(row, origin='a.jsonl:5'), Sample)
+    except RowError as e:
+        assert str(e).startswith('a.jsonl:5 ') and '; expected ' in str(e) and '\n' not in str(e)
+
+
+def test_files_in_both_notations_read_alike(tmp_path):
+    rows = [{'prompt': f'{i}?', 'completion': 'é' * i or 'x', 'n': i} for i in range(5)]
+    (tmp_path/'a.jsonl').write_text(''.join(json.dumps(r, ensure_ascii=i % 2 == 0) + '\n' for i, r in enumerate(rows)), encoding='utf-8')
+    (tmp_path/'a.json').write_text(json.dumps(rows, indent=2), encoding='utf-8')
+    lines, array = read(tmp_path/'a.jsonl'), read(tmp_path/'a.json')
+    assert [(s.messages, s.meta) for s in lines] == [(s.messages, s.meta) for s in array]
+    assert [s.origin.split(':')[-1] for s in lines] == ['1', '2', '3', '4', '5']
+    assert [s.origin.split(':')[-1] for s in array] == ['2', '7', '12', '17', '22']
