@@ -105,9 +105,10 @@ class Choose(LogitsProcessor):
     "Grammar, temperature, top-p and draw of every row; keeps the log-probabilities."
     def __init__(self,
         requests:list[Request], # one a row
-        grammar:Callable|None, # (ids [b, t], scores [b, vocabulary]) -> scores
+        grammar:Callable|None=None, # (ids [b, t], scores [b, vocabulary]) -> scores
+        never:tuple[int, ...]=(), # tokens that are not chosen
     ):
-        self.requests, self.grammar, self.logp = requests, grammar, []
+        self.requests, self.grammar, self.never, self.logp = requests, grammar, list(never), []
         self.streams = [torch.Generator() for _ in requests]
         for s, r in zip(self.streams, requests): s.seed() if r.seed is None else s.manual_seed(r.seed)
 
@@ -115,6 +116,7 @@ class Choose(LogitsProcessor):
         own = scores.log_softmax(-1)
         if own.isnan().any(): raise RequestError('the model\'s logits are not numbers (nan); a type with more range may help, such as bfloat16 or float32')
         if self.grammar: scores = self.grammar(input_ids, scores)
+        if self.never: scores[:, self.never] = -torch.inf               # generate's own copy
         scores = torch.stack([draw(s, *x) for s, *x in zip(scores, self.requests, self.streams)])
         self.logp.append(own.gather(1, scores.argmax(-1, keepdim=True))[:, 0])
         return scores
@@ -174,10 +176,11 @@ def generate_batch(
     limits:list[int], # each row's number of new tokens at most
     pad:int, # fills rows that have ended
     grammar:Callable|None=None, # a fresh one
+    never:tuple[int, ...]=(), # tokens that are not chosen
 )->list[tuple[list[int], list[float]]]: # of each row: token ids, stop token included, and log-probabilities
     "Continue all rows of a batch."
     inputs = {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
-    start, choose = inputs['input_ids'].shape[1], Choose(requests, grammar)
+    start, choose = inputs['input_ids'].shape[1], Choose(requests, grammar, never)
     config = GenerationConfig(**PLAIN, max_new_tokens=max(limits), pad_token_id=pad)
     with evaluating(model):
         ids = model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([choose]),
@@ -258,5 +261,5 @@ class LocalEngine:
         inputs = collate(prompts, self.pad)
         grammar = getattr(self.processor, 'grammar', None)
         grammar = grammar(max_length=inputs['input_ids'].shape[1] + limits[0]) if grammar else None
-        done = generate_batch(self.model, inputs, requests, stops, limits, self.pad, grammar)
+        done = generate_batch(self.model, inputs, requests, stops, limits, self.pad, grammar, tuple(self.encoder.placeholders))
         return {i: finish(ids, logp, s, self.processor) for i, (ids, logp), s in zip(rows, done, stops)}

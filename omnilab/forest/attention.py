@@ -5,12 +5,14 @@
 # %% auto #0
 __all__ = ['BACKENDS', 'HONOURED', 'HARMLESS', 'scores', 'attend', 'attend_backward', 'Backend', 'flash', 'flash_backward',
            'backend', 'walk', 'run_tiles', 'empty', 'run_tiles_backward', 'forest_op', 'forest_backward_op',
-           'attention', 'refuse', 'check_call', 'forest_attention']
+           'attention', 'refuse', 'check_call', 'forest_attention', 'LateMask', 'forest_mask']
 
 # %% ../../nbs/forest/02_attention.ipynb #4c39289e
-from typing import NamedTuple, Callable
+from functools import partial
+from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from .plan import CAUSAL, FULL, MASKED, Plan           # omnilab comes before transformers: its import makes torchvision's work
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -211,5 +213,41 @@ def forest_attention(
     check_call(module, forest, query, key, dropout, kwargs)
     return attention(query, key, value, forest, scaling).transpose(1, 2), None
 
+# %% ../../nbs/forest/02_attention.ipynb #ec9cc66b
+class LateMask(torch.Tensor):
+    "A boolean mask that is made when it is first read."
+    @staticmethod
+    def __new__(cls, shape, device, make):
+        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
+        self.make, self.made = make, None
+        return self
+    def __init__(self, *_): pass
+    def __repr__(self): return f'LateMask{tuple(self.shape)}'
+
+    def real(self): # the mask itself
+        if self.made is None: self.made = self.make()
+        return self.made
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        args, kwargs = tree_map_only(cls, cls.real, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+# %% ../../nbs/forest/02_attention.ipynb #848b72f1
+def forest_mask(
+    batch_size:int, # rows
+    q_length:int, # queries
+    kv_length:int, # keys
+    attention_mask:Tensor|None=None, # padding, [batch, keys]
+    allow_is_causal_skip:bool=True, # None may stand for a causal mask
+    device='cpu', # of the mask
+    **kwargs, # whatever else the model says of its mask
+)->Tensor|None: # bool [batch, 1, queries, keys]; None: causal
+    "The mask function registered as `forest`: stock SDPA's, late where a plan may make it needless."
+    make = partial(sdpa_mask, batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask,
+                   allow_is_causal_skip=allow_is_causal_skip, device=device, **kwargs)
+    late = batch_size == 1 and attention_mask is None and not allow_is_causal_skip and q_length == kv_length and not torch.compiler.is_compiling()
+    return LateMask((1, 1, q_length, kv_length), device, make) if late else make()
+
 AttentionInterface.register('forest', forest_attention)
-AttentionMaskInterface.register('forest', sdpa_mask)
+AttentionMaskInterface.register('forest', forest_mask)

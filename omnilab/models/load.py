@@ -72,7 +72,7 @@ def load(
     device:str|None=None, # 'cpu', 'cuda', …; stays on the CPU where None
 )->Loaded:
     "Load a model and its processor; safetensors only, and no code from the checkpoint is run."
-    name = name or settings.model.name
+    name = name or settings.model.default
     source, local = resolve(name)
     options = dict(local_files_only=local, trust_remote_code=False)
     try:

@@ -49,6 +49,7 @@ class DataArgs:
     on_error:Literal['raise', 'skip'] = opt('raise', "a row that can't be read: end the run, or skip and list it")
     merge:bool = opt(True, 'rows that begin alike (one image, many questions) share what they share')
     eval_rows:Whole = opt(64, 'held-out rows that are answered at each evaluation; 0: all')
+    max_new_tokens:Count = opt(256, 'tokens of an answer at most')
 
 # %% ../../nbs/train/00_recipe.ipynb #b9211866
 @dataclass
@@ -101,7 +102,8 @@ class SFTRecipe:
     dry_run:bool = opt(False, 'two steps, peak memory and rendered samples; nothing is written')
 
 # %% ../../nbs/train/00_recipe.ipynb #50a7b3a9
-FREE = ('output', 'resume', 'dry_run', 'data.test', 'data.eval_rows', 'train.eval_every', 'train.save_every', 'train.keep', 'train.tracker', 'train.device')
+FREE = ('output', 'resume', 'dry_run', 'data.test', 'data.eval_rows', 'data.max_new_tokens',
+        'train.eval_every', 'train.save_every', 'train.keep', 'train.tracker', 'train.device')
 
 # %% ../../nbs/train/00_recipe.ipynb #4cada7ad
 class Option(NamedTuple):
@@ -127,7 +129,7 @@ def describe(
 )->str: # what may be written there
     "A type in words."
     if typing.get_origin(kind) is Annotated:
-        (base, (low, high)), word = typing.get_args(kind), 'a whole number' if typing.get_args(kind)[0] is int else 'a number'
+        (low, high), word = typing.get_args(kind)[1], 'a whole number' if typing.get_args(kind)[0] is int else 'a number'
         return f'{word}, {low} or more' if high == inf else f'{word} between {low} and {high}'
     args = typing.get_args(kind)
     if typing.get_origin(kind) is Literal: return ', '.join(args[:-1]) + f' or {args[-1]}'

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEY', 'INK', 'PANELS', 'SAVE', 'MIME', 'SECTIONS', 'STYLE', 'svg', 'series', 'smooth', 'label', 'draw_curves',
-           'draw_packs', 'save_part', 'save_answers', 'both_answers', 'read_json', 'part_html', 'answer_html',
+           'draw_packs', 'save_part', 'save_answers', 'read_json', 'both_answers', 'part_html', 'answer_html',
            'table_html', 'Section', 'summary', 'scores', 'curves', 'samples', 'packs_held', 'recipe', 'report']
 
 # %% ../../nbs/train/04_report.ipynb #1a05f9ef
@@ -120,6 +120,7 @@ def save_part(
     save(load(part.value, part.type), folder/f'{name}{ending}')
     return {'type': part.type, 'file': f'{name}{ending}'}
 
+# %% ../../nbs/train/04_report.ipynb #ae7f746a
 def save_answers(
     scores, # Scores of a model
     folder:Path, # made where it is missing
@@ -139,6 +140,9 @@ def save_answers(
     (folder/f'{name}.json').write_text(json.dumps(out, indent=1, ensure_ascii=False))
     return out
 
+# %% ../../nbs/train/04_report.ipynb #756b9a80
+def read_json(path:Path)->Any: return json.loads(path.read_text()) if path.exists() else None   # None where there is no such file
+
 def both_answers(
     folder:Path, # with before.json, after.json or both
 )->list[dict]: # by row, with all that is there
@@ -149,8 +153,6 @@ def both_answers(
             old = rows.get(a['row'], {})
             rows[a['row']] = {**old, **a, 'scores': old.get('scores', {}) | a['scores']}
     return [rows[i] for i in sorted(rows)]
-
-def read_json(path:Path)->Any: return json.loads(path.read_text()) if path.exists() else None   # None where there is no such file
 
 # %% ../../nbs/train/04_report.ipynb #ed7ae564
 MIME = {'.png': 'image/png', '.wav': 'audio/wav', '.mp4': 'video/mp4'}
