@@ -1,5 +1,5 @@
 """Two processes train the model that one process trains: same losses, same weights, and they resume to the bit."""
-import os, subprocess, sys
+import copy, os, subprocess, sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,9 +60,26 @@ def build(seed, dropout=0.):
     from omnilab.train.loop import Epochs, accelerator, optimizers, prepare, schedule
     torch.manual_seed(seed)
     model, acc = Tiny(dropout=dropout), accelerator(device='cpu', mixed=True)
-    torch.manual_seed(seed + acc.process_index)         # every process its own dropout
-    return prepare(Scorer(model), optimizers(model, lr=.01, weight_decay=.1), acc, data=Epochs([toy(n) for n in range(4, 9)], seed=1),
+    torch.manual_seed(seed + acc.process_index)         # every process its own dropout; the head runs on 3 rows at a time
+    return prepare(Scorer(model, logits=100), optimizers(model, lr=.01, weight_decay=.1), acc, data=Epochs([toy(n) for n in range(4, 9)], seed=1),
                    objective=sft_objective(Kinds()), size=size, schedule=schedule('cosine', STEPS, 1), steps=STEPS, packs=3)
+
+
+def sharded():
+    "Largest differences of FSDP2's log-probabilities and gradients from those of a whole copy; the head runs in recomputed chunks."
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from omnilab.objectives.score import Scorer
+    torch.manual_seed(0)
+    model = Tiny()
+    whole, parts = Scorer(copy.deepcopy(model), logits=100), Scorer(model, logits=100)
+    mesh, packs = init_device_mesh('cpu', (dist.get_world_size(),)), [toy(6), toy(9)]
+    fully_shard(parts.model.inner, mesh=mesh); fully_shard(parts, mesh=mesh)
+    mine = parts(packs[dist.get_rank()]).logp
+    sum(whole(p).logp.sum() for p in packs).backward(); mine.sum().backward()
+    gaps = [p.grad.full_tensor() * dist.get_world_size() - q.grad for p, q in zip(parts.parameters(), whole.parameters()) if q.grad is not None]
+    return (mine - whole(packs[dist.get_rank()]).logp).abs().max().item(), max(g.abs().max().item() for g in gaps)
 
 
 def worker(out):
@@ -77,6 +94,7 @@ def worker(out):
     train(again, [c := Keep()])
     result |= {'straight': a.rows, 'resumed': b.rows + c.rows,
                'equal': all(p.equal(q) for p, q in zip(straight.model.parameters(), again.model.parameters()))}
+    if run.accelerator.num_processes > 1: result['sharded'] = sharded()
     if run.accelerator.is_main_process: torch.save(result, out)
 
 
@@ -113,6 +131,11 @@ def test_same_weights(results):
 def test_resumes_to_the_bit(results, world):
     r = results[world - 1]
     assert r['straight'] == r['resumed'] and r['equal']
+
+
+def test_sharded_scores(results):
+    logp, grad = results[1]['sharded']
+    assert logp < 1e-6 and grad < 1e-5
 
 
 if __name__ == '__main__': worker(sys.argv[1])

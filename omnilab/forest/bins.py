@@ -33,7 +33,7 @@ def bins(
     return out
 
 # %% ../../nbs/forest/04_bins.ipynb #d00ca9d0
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Pack:
     "A row of trees, ready for a model."
     input_ids:Tensor            # token ids, [1, n]
@@ -48,6 +48,7 @@ class Pack:
     trees:list[Tree]            # what lies in it
 
     def __len__(self): return self.input_ids.shape[1]
+    def __repr__(self): return f'Pack({len(self)} tokens of {self.row_tokens} in {self.n_rows} rows, {len(self.target)} targets)'
     @property
     def labels(self)->Tensor: return self.target     # what scorers call it
     @property
@@ -129,7 +130,7 @@ def pack(
     on_error:Literal['raise', 'skip']='raise', # what to do with a tree that is longer
 )->Packs: # deterministic; each tree whole, in one pack
     "Put trees into packs."
-    def too_long(t): return f'{len(t)} tokens ({len(t.rows)} rows in one tree); expected at most max_length={max_length}'
+    def too_long(t): return f'{len(t)} tokens ({len(t.rows)} row{"s" * (len(t.rows) > 1)} in one tree); expected at most max_length={max_length}'
     problems = [Problem(t.rows[0].origin, '', too_long(t)) for t in trees if len(t) > max_length]
     if problems and on_error == 'raise': raise ValueError(f'{problems[0]}; {len(problems)} such')
     trees = [t for t in trees if len(t) <= max_length]

@@ -25,7 +25,6 @@ class EncodeError(ValueError):
         self.problem = Problem(getattr(sample, 'origin', '') or 'sample', field, ' '.join(message.split()))
         super().__init__(str(self.problem))
 
-# %% ../../nbs/forest/03_encode.ipynb #4d69ef64
 def turns(
     sample:Sample, # a conversation
 )->list[int]: # indices of the messages that are trained

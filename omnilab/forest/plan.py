@@ -75,7 +75,7 @@ def tile(
     return sorted((t for _, _, tiles in join(open_[::-1], call) for t in tiles), key=lambda t: t[4] == FULL)
 
 # %% ../../nbs/forest/01_plan.ipynb #38dd09ed
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Plan:
     "Attention of a row of trees as rectangles."
     nodes:Tensor        # start, stop, end of every node of every tree, [nodes, 3]
@@ -84,6 +84,7 @@ class Plan:
     longest:int         # tokens of the longest path
 
     def __len__(self): return len(self.end)
+    def __repr__(self): return f'Plan({len(self)} tokens, {len(self.nodes)} nodes, {len(self.tiles)} tiles)'
     def visible(self)->Tensor: return visible(self.end)     # the dense mask, bool [n, n]
 
 # %% ../../nbs/forest/01_plan.ipynb #9bd20e87

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # %% ../../nbs/forest/00_tree.ipynb #b8e4b2b9
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Row:
     "One sequence as the model reads it."
     ids:Tensor                                  # token ids, [n]
@@ -34,6 +34,7 @@ class Row:
     def __len__(self): return len(self.ids)
     @property
     def origin(self): return getattr(self.sample, 'origin', '') or '(no origin)'
+    def __repr__(self): return f'Row({len(self)} tokens, {int(self.target.sum())} trained, {len(self.media_keys)} media)'
 
 # %% ../../nbs/forest/00_tree.ipynb #b3837fa4
 def columns(
@@ -74,7 +75,7 @@ def trie(
     return nodes
 
 # %% ../../nbs/forest/00_tree.ipynb #5e897776
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Tree:
     "Rows merged into a prefix trie, its tokens in depth-first order."
     ids:Tensor           # token ids, [n]
@@ -92,6 +93,7 @@ class Tree:
     extras:dict[str, Tensor] = field(default_factory=dict)  # each [n]
 
     def __len__(self): return len(self.ids)
+    def __repr__(self): return f'Tree({len(self)} tokens of {sum(map(len, self.rows))} in {len(self.rows)} rows, {len(self.nodes)} nodes)'
     @property
     def media(self): return self.rows[0].media
     @property

@@ -179,10 +179,11 @@ def bootstrap(
 class Comparison:
     "Two evaluations of the same rows."
     table:dict # task -> n, before, after, change, low, high
+    recipe:dict = field(default_factory=dict) # of both evaluations
 
     @property
     def mean(self): return float(np.mean([t['change'] for t in self.table.values()]))
-    def to_dict(self): return dict(mean=self.mean, tasks=self.table)
+    def to_dict(self): return dict(mean=self.mean, tasks=self.table, recipe=self.recipe)
     def lines(self):
         "The table's cells as text, its head first."
         out = [('task', 'n', 'before', 'after', 'change', '95 %', '')]
@@ -208,7 +209,7 @@ def compare(
         a, b = (np.array([r.scores['score'] for r in s.tasks[t]]) for s in (before, after))
         low, high = bootstrap(b - a)
         table[t] = dict(n=len(a), before=float(a.mean()), after=float(b.mean()), change=float((b - a).mean()), low=low, high=high)
-    return Comparison(table)
+    return Comparison(table, dict(before=before.recipe, after=after.recipe))
 
 # %% ../../nbs/metrics/00_tasks.ipynb #f65281fc
 def draw_comparison(

@@ -25,10 +25,11 @@ class VisionEncoder(PreTrainedModel):
         super().__init__(config)
         w, self.side = config.hidden_size, config.image_size // config.patch_size
         self.stem = nn.Sequential(
-            nn.Conv2d(3, w // 4, 4, 2, 1), nn.GELU(), nn.Conv2d(w // 4, w // 2, 4, 2, 1), nn.GELU(), nn.Conv2d(w // 2, w, 4, 2, 1))
+            nn.Conv2d(3, w // 4, 4, 2, 1, bias=False), nn.GELU(), nn.Conv2d(w // 4, w // 2, 4, 2, 1, bias=False), nn.GELU(),
+            nn.Conv2d(w // 2, w, 4, 2, 1, bias=False))
         self.position = nn.Parameter(torch.zeros(self.side**2, w))
         self.tower = SiglipEncoder(config)
-        self.norm = nn.LayerNorm(w)
+        self.norm = nn.RMSNorm(w)
         self.post_init()
 
     def _init_weights(self, module:nn.Module):
@@ -77,7 +78,7 @@ class Projector(nn.Module):
         hidden:int, # of the language model
     ):
         super().__init__()
-        self.up, self.down = nn.Linear(width, hidden), nn.Linear(hidden, hidden)
+        self.up, self.down = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, hidden, bias=False)
         self.norm = nn.RMSNorm(hidden)
 
     def forward(self, x:Tensor)->Tensor: # [..., width] -> [..., hidden], root mean square 1

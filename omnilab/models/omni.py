@@ -173,6 +173,8 @@ def new_model(
     "A model to train from scratch."
     torch.manual_seed(seed)
     model = vp_init_(OmniForConditionalGeneration(config))
+    for name, p in model.named_parameters():
+        if name.endswith(('q_norm.weight', 'k_norm.weight')): p.fill_(1.7)   # narrow heads: let attention be sharp at once
     model.lm_head.weight.mul_(.1)                       # near-uniform first guesses
     model.model.frame_place.weight.mul_(.5)
     for ids, features in (codes or {}).values(): code_init_(model, ids, features)

@@ -31,12 +31,12 @@ FIXED = ('<|pad|>', '<|end|>', '<|image|>', '<|video|>', '<|audio|>', *(f'<|{r}|
 def build_tokenizer(
     corpus, # texts to learn words from
     text_vocab:int=640, # tokens for text, with the 256 bytes among them
-    rows:int=6, # rows of codes in a picture
+    blocks:int=9, # blocks of codes in a picture
     bins:int=24, # steps of a box coordinate
     codes:dict[str, int]|None=None, # number of codes by modality, e.g. {'image': 2048, 'audio': 128}
 )->PreTrainedTokenizerFast:
     "Byte-level BPE on `corpus`, with the tokens of all other modalities around it."
-    special = [*FIXED, *(f'<|row_{i}|>' for i in range(rows)), *(f'<|loc_{i}|>' for i in range(bins + 1))]
+    special = [*FIXED, *(f'<|block_{i}|>' for i in range(blocks)), *(f'<|loc_{i}|>' for i in range(bins + 1))]
     tok = Tokenizer(models.BPE())
     tok.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
     tok.decoder = decoders.ByteLevel()
@@ -106,7 +106,7 @@ def video_frames(
 
 # %% ../../nbs/models/03_processor.ipynb #c938782c
 def spell(
-    processor, # has `codecs`, `sampling_rate` and `rows`
+    processor, # has `codecs`, `sampling_rate` and `blocks`
     kind:str, # image or audio
     item, # the medium
 )->str: # its span, as the text of its tokens
@@ -116,17 +116,17 @@ def spell(
     if kind == 'image' and not isinstance(item, Image.Image): item = Image.fromarray(np.asarray(item))
     codes = [f'<|{kind}_{c}|>' for c in processor.codecs[kind].encode(item).tolist()]
     if kind == 'audio': return '<|boa|>' + ''.join(codes) + '<|eoa|>'
-    n = len(codes) // processor.rows
-    return '<|boi|>' + ''.join(f'<|row_{r}|>' + ''.join(codes[r * n:(r + 1) * n]) for r in range(processor.rows)) + '<|eoi|>'
+    n = len(codes) // processor.blocks
+    return '<|boi|>' + ''.join(f'<|block_{b}|>' + ''.join(codes[b * n:(b + 1) * n]) for b in range(processor.blocks)) + '<|eoi|>'
 
 # %% ../../nbs/models/03_processor.ipynb #49fd65c2
 class OmniProcessor(ProcessorMixin):
     "Tokenizer, media preparation and codecs of the embedded model."
 
-    def __init__(self, tokenizer=None, chat_template:str|None=None, image_size:int=48, image_tokens:int=9, image_mean:float=.9,
-                 image_std:float=.25, num_frames:int=4, sampling_rate:int=8000, bins:int=24, rows:int=6, **kwargs):
+    def __init__(self, tokenizer=None, chat_template:str|None=None, image_size:int=48, image_tokens:int=9, image_mean:float=1.,
+                 image_std:float=.5, num_frames:int=4, sampling_rate:int=8000, bins:int=24, blocks:int=9, **kwargs):
         self.image_size, self.image_tokens, self.image_mean, self.image_std = image_size, image_tokens, image_mean, image_std
-        self.num_frames, self.sampling_rate, self.bins, self.rows, self.codecs = num_frames, sampling_rate, bins, rows, {}
+        self.num_frames, self.sampling_rate, self.bins, self.blocks, self.codecs = num_frames, sampling_rate, bins, blocks, {}
         super().__init__(tokenizer, chat_template=chat_template or TEMPLATE)
 
     @property
@@ -226,12 +226,12 @@ class SpanGrammar(LogitsProcessor):
 
     def __init__(self, processor:OmniProcessor, max_length:int|None=None): # prompt and answer together, in tokens
         names = processor.tokenizer.convert_ids_to_tokens(range(len(processor.tokenizer)))
-        code = re.compile(r'<\|(image|audio|row|loc)_\d+\|>')
+        code = re.compile(r'<\|(image|audio|block|loc)_\d+\|>')
         self.kind = [m[1] if (m := code.fullmatch(n)) else n if n in FIXED else 'text' for n in names]
-        self.rows = [names.index(f'<|row_{r}|>') for r in range(processor.rows)]
+        self.blocks = [names.index(f'<|block_{b}|>') for b in range(processor.blocks)]
         self.id = {k: names.index(f'<|{k}|>') for k in ('boi', 'eoi', 'boa', 'eoa', 'end')}
-        self.cols = processor.codecs['image'].codes_per_item // processor.rows if 'image' in processor.codecs else 0
-        self.span = 2 + processor.rows * (self.cols + 1)           # tokens of a whole image
+        self.each = processor.codecs['image'].codes_per_item // processor.blocks if 'image' in processor.codecs else 0
+        self.span = 2 + processor.blocks * (self.each + 1)           # tokens of a whole image
         self.max_length, self.can = max_length, {'boi': 'image' in processor.codecs, 'boa': 'audio' in processor.codecs}
         self.of = {k: torch.tensor([x == k for x in self.kind]) for k in ('text', 'image', 'audio', 'loc')}
 
@@ -240,11 +240,11 @@ class SpanGrammar(LogitsProcessor):
         last, run = self.kind[ids[-1]], 1
         while run < len(ids) and self.kind[ids[-1 - run]] == last: run += 1
         one = lambda *t: torch.zeros(len(self.kind), dtype=torch.bool).index_fill_(0, torch.tensor(t), True)
-        if last == '<|boi|>': return one(self.rows[0])
-        if last == 'row' or (last == 'image' and run < self.cols): return self.of['image']
+        if last == '<|boi|>': return one(self.blocks[0])
+        if last == 'block' or (last == 'image' and run < self.each): return self.of['image']
         if last == 'image':
-            row = self.rows.index(ids[-1 - run]) + 1
-            return one(self.id['eoi'] if row == len(self.rows) else self.rows[row])
+            block = self.blocks.index(ids[-1 - run]) + 1
+            return one(self.id['eoi'] if block == len(self.blocks) else self.blocks[block])
         if last == '<|boa|>' or (last == 'audio' and left > 2): return self.of['audio'] | (one(self.id['eoa']) if last == 'audio' else False)
         if last == 'audio': return one(self.id['eoa'])
         if last == 'loc' and run % 4: return self.of['loc']
@@ -265,5 +265,5 @@ def kinds_of(
     processor:OmniProcessor, # whose vocabulary is meant
 )->tuple[Tensor, tuple[str, ...]]: # kind of every token [vocab], names of the kinds
     "The modality that each token of the vocabulary writes."
-    kind = {'loc': 1, 'image': 2, 'row': 2, '<|boi|>': 2, '<|eoi|>': 2, 'audio': 3, '<|boa|>': 3, '<|eoa|>': 3}
+    kind = {'loc': 1, 'image': 2, 'block': 2, '<|boi|>': 2, '<|eoi|>': 2, 'audio': 3, '<|boa|>': 3, '<|eoa|>': 3}
     return torch.tensor([kind.get(k, 0) for k in SpanGrammar(processor).kind]), KINDS

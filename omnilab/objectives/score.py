@@ -101,6 +101,7 @@ class Scorer(nn.Module):
     ):
         super().__init__()
         self.model, self.logits, self.entropy, self.finish = model, logits, entropy, None
+        self.remembers = [m for m in model.modules() if hasattr(m, 'rope_deltas')]
         if self.head is None: raise ValueError(f'{type(model).__name__} has no output head: get_output_embeddings() returned None')
 
     @property
@@ -114,8 +115,7 @@ class Scorer(nn.Module):
     def forward(self,
         pack, # has `model_inputs()`, `source` [m] and `labels` [m]
     )->Stats: # one number of each kind a target
-        for m in self.model.modules():
-            if getattr(m, 'rope_deltas', None) is not None: m.rope_deltas = None
+        for m in self.remembers: m.rope_deltas = None
         with capture(self.head) as box: out = self.model(**{**pack.model_inputs(), 'use_cache': False, 'return_dict': True})
         if box.hidden is None: raise ValueError(f'{type(self.model).__name__}: the forward pass never called its output head')
         if self.finish is None: self.finish = find_finish(self.config, box.raw, out.logits)

@@ -79,9 +79,9 @@ def draw_curves(
     fig = Figure((10, 2.3 * max(1, rows)), layout='constrained')
     for ax, (title, curves) in zip(fig.subplots(max(1, rows), 3, squeeze=False).flat, shown.items()):
         for i, (name, (x, y)) in enumerate(curves.items()):
-            noisy = len(y) > 30
+            noisy = len(y) > 30 and name != 'lr'
             if noisy: ax.plot(x, y, color=f'C{i}', alpha=.25, lw=.8)
-            ax.plot(x, smooth(y, .9) if noisy else y, '-' if noisy else '.-', color=f'C{i}', lw=1.4, label=label(name))
+            ax.plot(x, smooth(y, min(.98, 1 - 8 / len(y))) if noisy else y, '-' if len(y) > 30 else '.-', color=f'C{i}', lw=1.4, label=label(name))
         ax.set_title(title, loc='left'); ax.margins(x=.02)
         if len(curves) > 1 or title.endswith(('modality', 'diversity')): ax.legend(frameon=False, fontsize=8)
     for ax in fig.axes[len(shown):]: ax.remove()
