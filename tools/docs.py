@@ -28,7 +28,7 @@ def run_notebook(path):
     stamp, digest = copy.with_suffix('.sha'), hashlib.sha256(source.encode()).hexdigest()
     if copy.exists() and stamp.exists() and stamp.read_text() == digest: return
     copy.parent.mkdir(parents=True, exist_ok=True)
-    copy.write_text(re.sub(r'"#\| ?export(\\n)?"', r'"#| exports\1"', source))
+    copy.write_text(re.sub(r'"#\| ?export\\n",(?!\s+"if __name__)', r'"#| exports\\n",', source))
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_HUB_OFFLINE': '1', 'MPLBACKEND': 'module://matplotlib_inline.backend_inline'}
     done = subprocess.run([sys.executable, '-c', RUN, copy], cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode: return f'{path.relative_to(ROOT)} does not run: {done.stderr.strip().splitlines()[-1]}'

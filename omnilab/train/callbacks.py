@@ -213,7 +213,10 @@ class TokenDiversity:
     ): self.every, self.seen, self.hooks = every, {}, []
 
     def on_start(self, run:Run):
-        def keep(name): return lambda _, args, out: self.seen.__setitem__(name, (out[0] if isinstance(out, tuple) else out).detach())
+        def keep(name):          # training steps only: evaluations look at other, even blinded, inputs
+            def look(m, _, out):
+                if m.training: self.seen[name] = (out[0] if isinstance(out, tuple) else out).detach()
+            return look
         found = getattr(run.model, 'projectors', dict)()
         self.hooks = [m.register_forward_hook(keep(name)) for name, m in found.items()]
     def on_step(self, run:Run):

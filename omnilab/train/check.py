@@ -317,5 +317,5 @@ def draw_report(
     ax.barh(range(len(shown)), [max(min(f.error, 1e3), low) - low for f in shown], left=low, color=['tab:blue' if f.ok else 'tab:red' for f in shown])
     ax.scatter([f.limit for f in shown], range(len(shown)), marker='|', c='k', s=80, zorder=3, label='may differ by')
     ax.set(xscale='log', xlabel='relative difference', xlim=(low, None)); ax.set_yticks(range(len(shown)), [f'{f.what} · {f.part}' for f in shown])
-    ax.invert_yaxis(); ax.legend(frameon=False, loc='lower right')
+    ax.invert_yaxis(); ax.legend(frameon=False, loc='upper left', bbox_to_anchor=(1, 1))
     return ax

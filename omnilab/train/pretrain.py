@@ -216,21 +216,22 @@ def warm_encoders(
     params = None
     for i, b in enumerate(batches):
         if i == steps: break
-        seen = reads[0](body.get_image_features(b['pixel_values']).last_hidden_state), squares(b['pixel_values'], side)
-        heard = reads[1](body.get_audio_features(b['input_features'], b['audio_lengths']).pooler_output), b['input_features']
-        missed = [(x - y).square().mean() / y.var() for x, y in (seen, heard)]
+        tokens = body.get_image_features(b['pixel_values']).pooler_output, body.get_audio_features(b['input_features'], b['audio_lengths']).pooler_output
+        truth = squares(b['pixel_values'], side).flatten(0, 1), b['input_features']
+        missed = [(read(x) - y).square().mean() / y.var() for read, x, y in zip(reads, tokens, truth)]
+        common = sum(x.mean(0).square().mean() for x in tokens)                    # what all tokens share says nothing
         if params is None: params = [p for m in (*parts, reads) for p in m.parameters()]; opt_ = torch.optim.AdamW(params, lr, (.9, .98))
         for g in opt_.param_groups: g['lr'] = lr * min(1, (i + 1) / 20, 2 * (steps - i) / steps)
-        opt_.zero_grad(); sum(missed).backward()
+        opt_.zero_grad(); (sum(missed) + common).backward()
         nn.utils.clip_grad_norm_(params, 1.); opt_.step()
-    return dict(image=float(missed[0]), audio=float(missed[1]))
+    return dict(zip(('image', 'audio'), torch.stack(missed).tolist()))
 
 # %% ../../nbs/train/08_pretrain.ipynb #c7d87136
 PACE = {'*vision_*': .1, '*audio_*': .1, '*norm*': .5, '*embed_tokens*': 2.8, 'lm_head*': 1.1}      # factors on the learning rate
 
 def pretrain_defaults()->TrainArgs:
     "What the shipped checkpoint was trained with."
-    return TrainArgs(steps=6400, packs=2, max_length=512, optimizer='muon', lr=.0036, lr_scale=dict(PACE), schedule='wsd', warmup=.01, decay=.4,
+    return TrainArgs(steps=5600, packs=2, max_length=512, optimizer='muon', lr=.0036, lr_scale=dict(PACE), schedule='wsd', warmup=.01, decay=.4,
                      save_every=200, precision='no', device='cpu')
 
 @dataclass
