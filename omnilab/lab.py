@@ -58,7 +58,7 @@ def draw_answer(
     from omnilab.data.media import load_audio, load_image
     asked = [p for m in answer.question for p in m.parts if p.type == 'image']
     made = [p for p in answer.parts if p.type in ('image', 'audio')]
-    fig, axes = plt.subplots(1, max(1, len(asked + made)), figsize=(2.2 * max(1, len(asked + made)), 2.2), squeeze=False)
+    fig, axes = plt.subplots(1, max(1, len(asked + made)), figsize=(2.2 * max(1, len(asked + made)), 2.5), squeeze=False, layout='constrained')
     for ax, p in zip(axes[0], asked + made):
         if p.type == 'image': ax.imshow(load_image(p.value)); ax.axis('off')
         else: ax.plot((w := load_audio(p.value)).wave, lw=.5); ax.set(xlabel=f'{w.seconds:.2f} s', xticks=[], yticks=[])
@@ -191,12 +191,14 @@ def draw_packs(
 ): # the axes
     "A bar a pack, coloured by what its tokens are; a black line below what several rows share."
     import matplotlib.pyplot as plt
+    import numpy as np
     shown, colors = packs[:most], ('.75', 'tab:blue', 'tab:cyan', 'tab:green', 'tab:orange')
     ax = ax or plt.subplots(figsize=(8, .8 + .3 * len(shown)))[1]
     for y, p in enumerate(shown):
         for kind, at, n in runs(token_kinds(p, config).tolist()): ax.barh(y, n, .6, at, color=colors[kind], linewidth=0)
         for shared, at, n in runs((rows_through(p) > 1).tolist()):
             if shared: ax.hlines(y + .38, at, at + n, color='k', lw=1.5)
+        ax.vlines(np.cumsum([len(t) for t in p.trees]), y - .3, y + .3, color='w', lw=2)            # where trees end
     for name, color in zip(KINDS, colors): ax.barh(0, 0, color=color, label=name)
     ax.plot([], [], color='k', lw=1.5, label='shared by rows')
     ax.set(xlim=(0, packs.max_length), ylim=(len(shown) - .5, -.5), xlabel='tokens', ylabel='pack', yticks=range(len(shown)))

@@ -145,10 +145,11 @@ def read_json(path:Path)->Any: return json.loads(path.read_text()) if path.exist
 
 def both_answers(
     folder:Path, # with before.json, after.json or both
+    names:tuple[str, ...]=('before', 'after'), # of the files
 )->list[dict]: # by row, with all that is there
     "The answers before and after, side by side."
     rows = {}
-    for name in ('before', 'after'):
+    for name in names:
         for a in read_json(folder/f'{name}.json') or []:
             old = rows.get(a['row'], {})
             rows[a['row']] = {**old, **a, 'scores': old.get('scores', {}) | a['scores']}
@@ -178,7 +179,7 @@ def answer_html(
         score = answer['scores'].get(k)
         mark = '' if score is None else f' <b class="{"good" if score >= .5 else "bad"}">{score:.2f}</b>'
         return f'<div><h4>{k}{mark}</h4>{"".join(part_html(p, folder) for p in answer[k]) or "<i>nothing</i>"}</div>'
-    cells = ''.join(cell(k) for k in ('asked', 'wanted', 'before', 'after') if k in answer)
+    cells = ''.join(cell(k) for k in answer if k not in ('row', 'task', 'scores'))
     return f'<article><h3>{escape(answer["task"])}</h3><div class="cells">{cells}</div></article>'
 
 # %% ../../nbs/train/04_report.ipynb #b5a185a8
