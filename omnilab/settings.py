@@ -19,8 +19,7 @@ from typing import Literal, NamedTuple, get_args, get_origin
 @dataclass(frozen=True)
 class Paths:
     "Folders that the lab writes to."
-    runs:Path = Path('runs')                            # a folder for each run
-    cache:Path = Path('~/.cache/omnilab').expanduser()  # what is computed once and kept: decoded and processed media
+    runs:Path = Path('runs')               # a folder for each run
 
 # %% ../nbs/00_settings.ipynb #7cb4102c
 @dataclass(frozen=True)
@@ -36,7 +35,7 @@ class Media:
     "What one file may be at most; checked before it is decoded."
     max_pixels:int = 64_000_000            # of an image, or of one frame of a video
     max_seconds:float = 3600.              # of audio or video
-    max_bytes:int = 1_000_000_000          # of a file on disk
+    max_bytes:int = 1_000_000_000          # of a file, and of what is decoded from it
     max_frames:int = 2048                  # of a video, after sampling
     urls:bool = False                      # whether rows may name media on the network
 

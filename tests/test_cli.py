@@ -138,12 +138,12 @@ def place(tmp_path_factory):
     from omnilab.models.processor import OmniProcessor, build_tokenizer
     at = tmp_path_factory.mktemp('cli')
     tok = build_tokenizer(['How many red shapes are there?'], text_vocab=280, codes={'image': 32, 'audio': 16})
-    sizes = dict(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+    sizes = dict(vocab_size=len(tok), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                 max_position_embeddings=512, pad_token_id=0, eos_token_id=1, bos_token_id=None)
     ids = {f'{k}_token_id': tok.convert_tokens_to_ids(f'<|{k}|>') for k in ('image', 'video', 'audio')}
     vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=48, patch_size=8)
     torch.manual_seed(0)
-    model = OmniForConditionalGeneration(OmniConfig(
-        sizes | dict(max_position_embeddings=512, pad_token_id=0, eos_token_id=1, bos_token_id=None), vision, audio_width=16, pad_token_id=0, eos_token_id=1, **ids))
+    model = OmniForConditionalGeneration(OmniConfig(sizes, vision, audio_width=16, pad_token_id=0, eos_token_id=1, **ids))
     processor = OmniProcessor(tok)
     pictures = [World(0).sample('draw', i).messages[-1].parts[0].value for i in range(8)]
     beeps = [Audio(.5 * np.sin(2 * np.pi * f * np.arange(960) / 8000), 8000) for f in (500, 700, 900)]

@@ -92,11 +92,10 @@ def gumbel(
 
 def draw(
     scores:Tensor, # logits, [vocabulary]
-    request:Request, # temperature and top-p
+    request:Request, # temperature (not 0) and top-p
     generator:torch.Generator, # the row's stream
 )->Tensor: # scores whose largest is the choice, [vocabulary]
     "Turn a row's logits into scores to take the largest of."
-    if request.temperature == 0: return scores
     kept = nucleus(scores.double().cpu() / request.temperature, request.top_p)
     return (kept + gumbel(len(kept), generator)).to(scores)
 
@@ -117,7 +116,8 @@ class Choose(LogitsProcessor):
         if own.isnan().any(): raise RequestError('the model\'s logits are not numbers (nan); a type with more range may help, such as bfloat16 or float32')
         if self.grammar: scores = self.grammar(input_ids, scores)
         if self.never: scores[:, self.never] = -torch.inf               # generate's own copy
-        scores = torch.stack([draw(s, *x) for s, *x in zip(scores, self.requests, self.streams)])
+        for i, (r, g) in enumerate(zip(self.requests, self.streams)):
+            if r.temperature: scores[i] = draw(scores[i], r, g)
         self.logp.append(own.gather(1, scores.argmax(-1, keepdim=True))[:, 0])
         return scores
 
@@ -243,17 +243,24 @@ class LocalEngine:
 
     def generate(self, requests:list[Request], on_error:str='raise', progress:bool=False)->list[Completion]:
         "A completion of every request, in their order."
-        ready, out = {}, {}
-        for i, r in enumerate(requests):
+        out, window = {}, 16 * self.batch_size
+        with tqdm(total=len(requests), disable=not progress, unit='answer') as bar:
+            for start in range(0, len(requests), window):
+                ready = self.prepare_all(dict(enumerate(requests[start:start + window], start)), on_error, out)
+                for places in batches({i: p for i, (p, *_) in ready.items()}, {i: k for i, (_, k, _) in ready.items()}, self.batch_size):
+                    out |= self.answer({i: (requests[i], *ready[i]) for i in places})
+                    bar.update(len(out) - bar.n); bar.set_postfix(tokens=sum(len(c.token_ids) for c in out.values()), refresh=False)
+        return [out[i] for i in range(len(requests))]
+
+    def prepare_all(self, requests:dict[int, Request], on_error:str, out:dict[int, Completion])->dict[int, tuple]: # by place
+        "Tensors of the requests that can be answered; `out` gets a completion with the reason for each of the others."
+        ready = {}
+        for i, r in requests.items():
             try: ready[i] = self.prepare(i, r)
             except RequestError as e:
                 if on_error != 'skip': raise
                 out[i] = Completion([], [], [], 'error', str(e))
-        with tqdm(total=len(requests), initial=len(out), disable=not progress, unit='answer') as bar:
-            for places in batches({i: p for i, (p, *_) in ready.items()}, {i: k for i, (_, k, _) in ready.items()}, self.batch_size):
-                out |= self.answer({i: (requests[i], *ready[i]) for i in places})
-                bar.update(len(places)); bar.set_postfix(tokens=sum(len(c.token_ids) for c in out.values()), refresh=False)
-        return [out[i] for i in range(len(requests))]
+        return ready
 
     def answer(self, rows:dict[int, tuple])->dict[int, Completion]: # place -> (request, prompt, new tokens at most, stop tokens)
         "Answer one batch."

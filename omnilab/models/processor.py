@@ -129,6 +129,9 @@ class OmniProcessor(ProcessorMixin):
         self.num_frames, self.sampling_rate, self.bins, self.blocks, self.codecs = num_frames, sampling_rate, bins, blocks, {}
         super().__init__(tokenizer, chat_template=chat_template or TEMPLATE)
 
+    image_token_id = property(lambda self: self.tokenizer.convert_tokens_to_ids('<|image|>'))
+    video_token_id = property(lambda self: self.tokenizer.convert_tokens_to_ids('<|video|>'))
+    audio_token_id = property(lambda self: self.tokenizer.convert_tokens_to_ids('<|audio|>'))
     @property
     def _audio_processor(self): return self                       # transformers asks it for the sampling rate
 

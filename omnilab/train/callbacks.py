@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['read_metrics', 'repeatable', 'MetricsFile', 'memory', 'status', 'Progress', 'scalars', 'TensorBoard', 'Evaluate',
-           'held_out', 'modality_of', 'blind', 'modalities', 'ModalityGap', 'richest', 'diversity', 'TokenDiversity']
+           'held_out', 'modality_of', 'blind', 'modalities', 'ModalityGap', 'richest', 'TokenDiversity']
 
 # %% ../../nbs/train/03_callbacks.ipynb #0159d3d7
 import json, os
@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from ..models.encoders import token_diversity
 from .checkpoint import undisturbed
 from .loop import Run
 
@@ -198,14 +199,7 @@ def richest(
     best = max(packs, key=lambda p: len(modalities(p)), default=None)
     return best if best is not None and modalities(best) else None
 
-# %% ../../nbs/train/03_callbacks.ipynb #f15c8097
-def diversity(
-    tokens:Tensor, # what a projector gives, [.., d]
-)->float: # 0: all the same; 1: nothing in common
-    "Spread of tokens around their mean, relative to their size."
-    x = tokens.detach().float().reshape(-1, tokens.shape[-1])
-    return float((x - x.mean(0)).square().mean().sqrt() / x.square().mean().sqrt().clamp_min(1e-12))
-
+# %% ../../nbs/train/03_callbacks.ipynb #d9c87581
 class TokenDiversity:
     "Watch the outputs of a model's projectors."
     def __init__(self,
@@ -220,7 +214,8 @@ class TokenDiversity:
         found = getattr(run.model, 'projectors', dict)()
         self.hooks = [m.register_forward_hook(keep(name)) for name, m in found.items()]
     def on_step(self, run:Run):
-        if run.step % self.every == 0 or run.step == run.steps: run.metrics |= {f'diversity/{k}': diversity(v) for k, v in self.seen.items()}
+        if run.step % self.every and run.step != run.steps: return
+        run.metrics |= {f'diversity/{k}': token_diversity(v.float().flatten(0, -2)) for k, v in self.seen.items()}
     def on_close(self, run:Run):
         for h in self.hooks: h.remove()
         self.seen.clear()

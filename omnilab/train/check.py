@@ -104,7 +104,7 @@ def encode_probes(
     rows, refused = [], []
     for s in samples:
         try: rows += zip(encode(s, enc), turns(s))
-        except EncodeError as e: refused.append(Finding('rows can be encoded', s.origin, False, note=str(e).removeprefix(f'{s.origin}: ')))
+        except EncodeError as e: refused.append(Finding('rows can be encoded', s.origin, False, note=e.problem.message))
     return rows, refused
 
 # %% ../../nbs/train/07_check.ipynb #d7112271
@@ -291,7 +291,8 @@ def check(
 )->Report:
     "Ask a model whether it can be trained as it is."
     enc, can = Encoder(processor, model), capabilities(model)
-    pairs, findings = encode_probes(probes(can['in'], can['out']), enc)
+    takes, gives = (can['in'], can['out']) if enc.takes_media else (('text',), ('text',))          # a tokenizer makes text only
+    pairs, findings = encode_probes(probes(takes, gives), enc)
     if not pairs: return Report(findings, name)
     rows = [r for r, _ in pairs]
     findings += check_tokens(pairs, model, enc)

@@ -123,7 +123,8 @@ def answer_again(
     out, asked = Path(recipe.output), read(recipe.data.test)
     chosen = [s for t in PAIRS for s in [s for s in asked if s.meta['task'] == t][:n]]
     said = {}
-    for name, m in (('adapter', open_model(recipe.model, str(out/'adapter'), 'cpu')), ('merged', open_model(replace(recipe.model, name=str(out/'model')), '', 'cpu'))):
+    whole = replace(recipe.model, name=str(out/'model'))
+    for name, m in (('adapter', open_model(recipe.model, str(out/'adapter'), 'cpu')), ('merged', open_model(whole, '', 'cpu'))):
         scores = evaluate(LocalEngine(m.model, m.processor), chosen, progress=False, max_new_tokens=recipe.data.max_new_tokens)
         save_answers(scores, out/'loaded', name, n)
         said[name] = [r.completion.token_ids for r in scores.rows]

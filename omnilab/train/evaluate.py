@@ -82,6 +82,7 @@ def open_model(
     args:ModelArgs, # name, type of the weights, attention
     adapter:str='', # folder of an adapter
     device:str='auto', # where it runs
+    trainable:bool=False, # the adapter's weights
 ): # Loaded, with the adapter on it
     "Load a model as a recipe says."
     import omnilab.forest.attention     # registers 'forest'
@@ -90,7 +91,7 @@ def open_model(
     m = load(name, dtype=args.dtype, attn=args.attention, device=pick_device(device))
     if not adapter: return m
     from omnilab.tune.adapters import load_adapter
-    return replace(m, model=load_adapter(m.model, adapter), name=f'{name} + {adapter}')
+    return replace(m, model=load_adapter(m.model, adapter, trainable), name=f'{name} + {adapter}')
 
 # %% ../../nbs/train/06_evaluate.ipynb #77082007
 def question(
@@ -220,7 +221,7 @@ def main_check(
     "Check a model as the command line says, and print the table; status 1 if something failed, 2 for mistakes."
     recipe = command(CheckRecipe, argv, name)
     try:
-        m = open_model(ModelArgs(recipe.name, 'float32', 'forest'), recipe.adapter, recipe.device)
+        m = open_model(ModelArgs(recipe.name, 'float32', 'forest'), recipe.adapter, recipe.device, trainable=True)
         from omnilab.train.check import check
         report = check(m.model, m.processor, m.name)
     except (ValueError, OSError) as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)

@@ -9,6 +9,7 @@ __all__ = ['GROUPS', 'SCENE', 'PACE', 'FREE', 'sentences', 'answers', 'make_proc
 
 # %% ../../nbs/train/08_pretrain.ipynb #692ebe47
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -90,8 +91,8 @@ def ceilings(
     return out
 
 # %% ../../nbs/train/08_pretrain.ipynb #9458fae6
-GROUPS = dict(scene=.45, ocr=.10, tones=.05, synth=.08, draw=.16, keys=.07, clip=.09)
-SCENE = dict(count=.13, color=.14, shape=.14, size=.07, place=.12, caption=.05, json=.06, ground=.12, region=.11, dial=.06)
+GROUPS = dict(scene=.26, ocr=.14, tones=.13, synth=.15, draw=.17, keys=.07, clip=.08)
+SCENE = dict(count=.12, color=.14, shape=.14, size=.06, place=.10, caption=.10, json=.04, ground=.12, region=.12, dial=.06)
 
 class Questions:
     "Groups of samples by number: group `i` is the same whenever it is asked for."
@@ -161,8 +162,8 @@ def model_config(
     tok, heads = processor.tokenizer, size.hidden // size.head
     of = tok.convert_tokens_to_ids
     text = dict(vocab_size=len(tok), hidden_size=size.hidden, intermediate_size=size.hidden * 8 // 3 // 32 * 32, num_hidden_layers=size.layers,
-                num_attention_heads=heads, num_key_value_heads=heads, head_dim=size.head, max_position_embeddings=4096, rope_parameters=dict(rope_type='default', rope_theta=1000.),
-                pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, bos_token_id=None)
+                num_attention_heads=heads, num_key_value_heads=heads, head_dim=size.head, max_position_embeddings=4096,
+                rope_parameters=dict(rope_type='default', rope_theta=1000.), pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, bos_token_id=None)
     vision = dict(hidden_size=size.vision, intermediate_size=size.vision * 8 // 3, num_hidden_layers=size.vision_layers,
                   num_attention_heads=max(1, size.vision // 32), image_size=processor.image_size, patch_size=8)
     return OmniConfig(text, vision, audio_width=size.audio, image_token_id=of('<|image|>'), video_token_id=of('<|video|>'),
@@ -231,7 +232,7 @@ PACE = {'*vision_*': .1, '*audio_*': .1, '*norm*': .5, '*embed_tokens*': 2.8, 'l
 
 def pretrain_defaults()->TrainArgs:
     "What the shipped checkpoint was trained with."
-    return TrainArgs(steps=5600, packs=2, max_length=512, optimizer='muon', lr=.0036, lr_scale=dict(PACE), schedule='wsd', warmup=.01, decay=.4,
+    return TrainArgs(steps=6000, packs=2, max_length=512, optimizer='muon', lr=.0036, lr_scale=dict(PACE), schedule='wsd', warmup=.01, decay=.4,
                      save_every=200, precision='no', device='cpu')
 
 @dataclass
@@ -253,7 +254,8 @@ def watched(
 )->Pack: # holds pictures, clips and sounds
     "A fixed pack of held-out questions of every kind that takes media."
     world, enc = World(recipe.train.seed, 'test'), Encoder(processor)
-    samples = [world.sample(n, i) for i in range(3) for n, t in TASKS.items() if t.modality_in != 'text' and n in DEFAULT_TASKS and n not in ('caption', 'json')]
+    tasks = [n for n in DEFAULT_TASKS if TASKS[n].modality_in != 'text' and n not in ('caption', 'json')]
+    samples = [world.sample(n, i) for i in range(3) for n in tasks]
     return collate(forest([r for s in samples for r in encode(s, enc)]))
 
 FREE = ('output', 'resume', 'score', 'train.save_every', 'train.keep', 'train.tracker')   # may differ when a run goes on
@@ -270,10 +272,10 @@ def start(
     processor = OmniProcessor.from_pretrained(out/'processor')
     model, world = make_model(recipe.size, processor, t.seed), World(t.seed)
     if not (recipe.resume and checkpoints(out/'checkpoints')):
-        print('encoders, share not told:', warm_encoders(model, (watch(world, processor, i) for i in range(recipe.warm)), recipe.warm))
+        warm_encoders(model, (watch(world, processor, i) for i in range(recipe.warm)), recipe.warm)
     packs = Stream(WorldPacks(Questions(world), processor, t.max_length))
     opts = optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, t.lr_scale)
-    return processor, prepare(Scorer(model, entropy=False), opts, accelerator(t.precision, t.device), data=packs,
+    return processor, prepare(Scorer(model, entropy=False), opts, accelerator(t.precision, t.device, mixed=True), data=packs,
                               objective=sft_objective(processor, t.z_loss), size=size, steps=t.steps, packs=t.packs, clip=t.clip,
                               schedule=schedule(t.schedule, t.steps, round(t.warmup * t.steps), t.decay))
 
@@ -294,7 +296,9 @@ def pretrain(
     train(run, [ModalityGap(watched(recipe, processor), 50), TokenDiversity(50), Progress(t.max_length), MetricsFile(out/'metrics.jsonl'),
                 *([TensorBoard(out/'tensorboard')] if t.tracker == 'tensorboard' else []), *callbacks,
                 Checkpoint(out/'checkpoints', facts, t.save_every, t.keep)])
-    return release(run.model, processor, out/'model', recipe)
+    if run.accelerator.is_main_process: release(run.model, processor, out/'model', recipe)
+    run.accelerator.wait_for_everyone()
+    return out/'model'
 
 # %% ../../nbs/train/08_pretrain.ipynb #74322dd7
 def score(
@@ -314,6 +318,7 @@ def score(
                           ceilings=ceilings(loaded.processor, split, seed, n))
     return out
 
+# %% ../../nbs/train/08_pretrain.ipynb #7b89a90c
 def release(
     model:OmniForConditionalGeneration, # trained
     processor:OmniProcessor, # its processor
@@ -326,7 +331,7 @@ def release(
     shutil.copy(Path(recipe.output)/'recipe.yaml', folder/'recipe.yaml')
     scores = score(load(folder, dtype='float32'), recipe.score)
     seconds = sum(json.loads(line)['time']['seconds'] for line in (Path(recipe.output)/'metrics.jsonl').open())
-    about = dict(command='python -m omnilab.train.pretrain', seed=recipe.train.seed, steps=recipe.train.steps, threads=torch.get_num_threads(),
+    about = dict(command='python -m omnilab.train.pretrain', processes=int(os.environ.get('WORLD_SIZE', 1)), seed=recipe.train.seed, steps=recipe.train.steps, threads=torch.get_num_threads(),
                  seconds=round(seconds), parameters=model.num_parameters(), torch=torch.__version__, scores=scores)
     (folder/'scores.json').write_text(json.dumps(about, indent=1) + '\n')
     return folder
