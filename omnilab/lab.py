@@ -60,13 +60,13 @@ def draw_answer(
     made = [p for p in answer.parts if p.type in ('image', 'audio')]
     fig, axes = plt.subplots(1, max(1, len(asked + made)), figsize=(2.2 * max(1, len(asked + made)), 2.5), squeeze=False, layout='constrained')
     for ax, p in zip(axes[0], asked + made):
-        if p.type == 'image': ax.imshow(load_image(p.value)); ax.axis('off')
-        else: ax.plot((w := load_audio(p.value)).wave, lw=.5); ax.set(xlabel=f'{w.seconds:.2f} s', xticks=[], yticks=[])
-        ax.set_title('asked' if any(p is q for q in asked) else 'made', fontsize=9)
+        if p.type == 'image': ax.imshow(load_image(p.value))
+        else: ax.plot((w := load_audio(p.value)).wave, lw=.5); ax.set(xlabel=f'{w.seconds:.2f} s')
+        ax.set(xticks=[], yticks=[]); ax.set_title('asked' if any(p is q for q in asked) else 'made', fontsize=9)
     for p in (p for p in answer.parts if p.type == 'box' and asked):
         size = (p.meta or {}).get('size') or load_image(asked[0].value).size
         x1, y1, x2, y2 = (v / size[i % 2] * load_image(asked[0].value).size[i % 2] - .5 for i, v in enumerate(p.value))
-        axes[0, 0].add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec='w', lw=2))
+        axes[0, 0].add_patch(plt.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec='magenta', lw=2))
     fig.suptitle(answer.text, fontsize=9)
     return fig
 

@@ -17,7 +17,7 @@ from ..data.world.scenes import COLORS
 from ..data.world.tasks import DEFAULT_TASKS, World
 from ..data.world.write import to_files
 from ..settings import settings
-from .recipe import AdapterArgs, Count, DataArgs, ModelArgs, SFTRecipe, TrainArgs, Whole, command, opt
+from .recipe import AdapterArgs, Count, DataArgs, ModelArgs, SFTRecipe, Share, TrainArgs, Whole, command, opt
 
 # %% ../../nbs/train/09_demo.ipynb #bd9d20c8
 SHADES = dict(red='crimson', green='emerald', blue='azure', yellow='golden', purple='violet', orange='tangerine', black='ebony', cyan='turquoise')
@@ -94,7 +94,7 @@ class DemoRecipe:
     model:str = opt(settings.model.default, 'shipped checkpoint, local folder, or hub id')
     epochs:Count = opt(5, 'times that every row is seen')
     r:Count = opt(32, 'rank of the LoRA adapter')
-    rows:float = opt(1., 'share of the demo\'s rows: 1 is about 2,700 to learn from and 2,500 to be scored on')
+    rows:Share = opt(1., 'share of the demo\'s rows: 1 is about 2,700 to learn from and 2,500 to be scored on')
     seed:Whole = opt(0, 'of rows, adapter and order')
 
 def sft_recipe(
