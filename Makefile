@@ -13,7 +13,7 @@ JOBS ?= 2
 ARGS ?=
 
 help:
-	@echo "make demo      fine-tune the embedded any-to-any model on this machine, and open its report"
+	@echo "make demo      fine-tune the embedded any-to-any model on this machine, and write its report"
 	@echo "make test      every notebook and every test; make test-all runs the slow ones too"
 	@echo "make lab       JupyterLab on the notebooks"
 	@echo "make docs      build the site locally and check its links"
