@@ -9,9 +9,7 @@ __all__ = ['GROUPS', 'SCENE', 'KNOWN', 'PACE', 'FREE', 'sentences', 'answers', '
            'draw_release', 'main']
 
 # %% ../../nbs/train/08_pretrain.ipynb #692ebe47
-import json
-import os
-import shutil
+import json, os, shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -366,7 +364,8 @@ def release(
     shutil.copy(Path(recipe.output)/'recipe.yaml', folder/'recipe.yaml')
     scores = score(load(folder, dtype='float32'), recipe.score)
     seconds = sum(json.loads(line)['time']['seconds'] for line in (Path(recipe.output)/'metrics.jsonl').open())
-    about = dict(command='python -m omnilab.train.pretrain', processes=int(os.environ.get('WORLD_SIZE', 1)), seed=recipe.train.seed, steps=recipe.train.steps, threads=torch.get_num_threads(),
+    about = dict(command='python -m omnilab.train.pretrain', processes=int(os.environ.get('WORLD_SIZE', 1)), threads=torch.get_num_threads(),
+                 seed=recipe.train.seed, steps=recipe.train.steps,
                  seconds=round(seconds), parameters=model.num_parameters(), torch=torch.__version__, scores=scores)
     (folder/'scores.json').write_text(json.dumps(about, indent=1) + '\n')
     return folder
