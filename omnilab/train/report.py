@@ -191,7 +191,7 @@ def table_html(
     old = before['tasks'] if before else {}
     def row(name, n, a, b, tag='td'):
         change = '' if a is None else f'<span class="{"good" if b > a + 5e-4 else "bad" if b < a - 5e-4 else ""}">{b - a:+.3f}</span>'
-        bar = lambda v: '' if v is None else f'<div class="bar"><i style="width:{100 * v:.1f}%"></i><span>{v:.3f}</span></div>'
+        bar = lambda v: '' if v is None else f'<div class="bar"><i style="width:{6 * v:.2f}rem"></i><span>{v:.3f}</span></div>'
         return f'<tr><{tag}>{escape(name)}</{tag}><td>{n}</td><td>{bar(a)}</td><td>{bar(b)}</td><td>{change}</td></tr>'
     rows = [row(t, s['n'], old[t]['score'] if t in old else None, s['score']) for t, s in after['tasks'].items()]
     total = row('mean over tasks', sum(s['n'] for s in after['tasks'].values()), before['mean'] if before else None, after['mean'], 'th')
@@ -249,7 +249,7 @@ table { border-collapse: collapse; width: 100%; } td, th { text-align: left; pad
 .facts { display: flex; flex-wrap: wrap; gap: .8rem; } .facts div { background: var(--card); border-radius: .5rem; padding: .6rem 1rem; }
 .facts b { display: block; font-size: 1.15rem; } .facts span { opacity: .7; font-size: .8rem; }
 .bar { display: flex; align-items: center; gap: .5rem; min-width: 9rem; }
-.bar i { background: var(--bar); height: .6rem; border-radius: .3rem; flex: none; max-width: 6rem; }
+.bar i { background: var(--bar); height: .6rem; border-radius: .3rem; flex: none; }
 .good { color: var(--good); } .bad { color: var(--bad); } .text { white-space: pre-wrap; overflow-wrap: anywhere; }
 article { background: var(--card); border-radius: .6rem; padding: .8rem 1rem; margin: 0 0 .8rem; }
 .cells { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr)); gap: 1rem; }
