@@ -17,14 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers.utils import logging
 
 import omnilab.forest.attention  # registers the attention named 'forest'
 from ..data.samples import Sample
 from ..data.world.judges import JUDGES
-from ..data.world.scenes import COLORS, PLACES, SHAPES, SIZES, Scene
+from ..data.world.scenes import CANVAS, COLORS, PLACES, SHAPES, SIZES, Scene
 from ..data.world.tasks import DEFAULT_TASKS, TASKS, World
-from ..data.world.text import LETTERS
+from ..data.world.text import LETTERS, Word
 from ..engine.local import LocalEngine
 from ..forest.bins import Pack, collate
 from ..forest.encode import Encoder, encode
@@ -92,14 +93,14 @@ def ceilings(
     return out
 
 # %% ../../nbs/train/08_pretrain.ipynb #9458fae6
-GROUPS = dict(scene=.32, ocr=.16, tones=.11, synth=.12, draw=.15, keys=.07, clip=.07)
-SCENE = dict(count=.12, color=.14, shape=.14, size=.06, place=.10, caption=.10, json=.04, ground=.12, region=.12, dial=.06)
+GROUPS = dict(scene=.42, ocr=.11, tones=.07, synth=.09, draw=.14, keys=.05, clip=.12)
+SCENE = dict(count=.16, color=.15, shape=.12, size=.07, place=.14, caption=.06, json=.03, ground=.13, region=.11, dial=.03)
 
 class Questions:
     "Groups of samples by number: group `i` is the same whenever it is asked for."
     def __init__(self,
         world:World, # where they come from
-        per_scene:int=6, # questions on one scene
+        per_scene:int=8, # questions on one scene
         groups:dict[str, float]=GROUPS, # share of each kind of group
         scene:dict[str, float]=SCENE, # share of each task among the questions on a scene
     ):
@@ -111,8 +112,8 @@ class Questions:
         kind = self.names[rng.choice(len(self.names), p=self.shares)]
         if kind == 'clip': return [self.world.sample(t, i) for t in ('motion', 'mover')]
         if kind != 'scene': return [self.world.sample(kind, i)]
-        chosen = rng.choice(len(self.tasks), self.per_scene, replace=False, p=self.weights)
-        return [self.world.sample(self.tasks[j], i) for j in chosen]
+        chosen = rng.choice(len(self.tasks), self.per_scene, p=self.weights)
+        return [self.world.sample(self.tasks[j], i, int((chosen[:k] == j).sum())) for k, j in enumerate(chosen)]
 
 # %% ../../nbs/train/08_pretrain.ipynb #a04dcbec
 class WorldPacks(Iterator):
@@ -191,22 +192,26 @@ def squares(
     x = pixels.unflatten(2, (side, -1)).unflatten(4, (side, -1))
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
-KNOWN = {'color': list(COLORS), 'shape': list(SHAPES), 'size': list(SIZES)}
+KNOWN = {'color': list(COLORS), 'shape': list(SHAPES), 'size': list(SIZES), 'dx': [0, 2, 4, 6], 'dy': [0, 2, 4, 6]}
 
 def contents(
     scene:Scene, # up to nine things
-)->Tensor: # index of color, shape and size in each cell, [9, 3]; 0: nothing there
+)->Tensor: # index of what is in `KNOWN`, for each cell, [9, 5]; 0: nothing there
     "What lies in each cell of a scene."
     out = torch.zeros(len(PLACES), len(KNOWN), dtype=torch.long)
     for t in scene.things: out[PLACES.index(t.place)] = torch.tensor([1 + names.index(getattr(t, k)) for k, names in KNOWN.items()])
     return out
 
 def spelled(
-    text:str, # a printed word
-    most:int=4, # characters
-)->Tensor: # index of each character, [most]; 0: none
-    "The characters of a word."
-    return torch.tensor([1 + LETTERS.index(c) for c in text] + [0] * (most - len(text)))
+    word:Word, # as it stands on the canvas
+    side:int=3, # squares along a side
+    most:int=3, # characters in a square
+)->Tensor: # index of each character, [side², most]; 0: none
+    "The characters whose middle lies in each square, from left to right."
+    inside = [[] for _ in range(side**2)]
+    for c, (x, y) in zip(word.text, word.centers):
+        inside[int(y * side // CANVAS) * side + int(x * side // CANVAS)].append(1 + LETTERS.index(c))
+    return torch.tensor([ks + [0] * (most - len(ks)) for ks in inside])
 
 # %% ../../nbs/train/08_pretrain.ipynb #29fc856f
 def watch(
@@ -220,7 +225,7 @@ def watch(
     scenes, words = [world.subject('scene', j) for j in at], [world.subject('word', j) for j in at]
     pixels = [image_pixels(x.image, p.image_size, p.image_mean, p.image_std) for x in scenes + words]
     sounds = [log_mel(world.subject('tones', j).wave, p.sampling_rate) for j in at[:n // 3]]
-    return dict(pixel_values=torch.stack(pixels), cells=torch.stack([contents(s) for s in scenes]), text=torch.stack([spelled(w.text) for w in words]),
+    return dict(pixel_values=torch.stack(pixels), cells=torch.stack([contents(s) for s in scenes]), text=torch.stack([spelled(w) for w in words]),
                 input_features=torch.cat(sounds), audio_lengths=torch.tensor([len(x) for x in sounds]))
 
 class Reads(nn.Module):
@@ -230,17 +235,17 @@ class Reads(nn.Module):
         d, self.side = config.text_config.hidden_size, config.vision_config.image_size // 16
         self.pixels, self.sound = nn.Linear(d, 3 * 16 * 16), nn.Linear(d, config.audio_features)
         self.things = nn.ModuleList([nn.Linear(d, 1 + len(names)) for names in KNOWN.values()])
-        self.letters = nn.Linear(d * self.side**2, 4 * (1 + len(LETTERS)))
+        self.letters = nn.ModuleList([nn.Linear(d, 1 + len(LETTERS)) for _ in range(3)])
 
     def forward(self, body:nn.Module, b:dict[str, Tensor])->dict[str, Tensor]: # an `OmniModel`, a batch of `watch` -> what was not told
         seen = body.get_image_features(b['pixel_values']).last_hidden_state                       # [2n, 9, d]
         heard = body.get_audio_features(b['input_features'], b['audio_lengths']).pooler_output    # [pieces, d]
         n, ce = len(b['cells']), nn.functional.cross_entropy
         missed = lambda x, y: (x - y).square().mean() / y.var()
-        letters = self.letters(seen[n:].flatten(1)).unflatten(1, (4, -1))
+        told = lambda reads, x, y: sum(ce(f(x).flatten(0, 1), y[..., k].flatten()) for k, f in enumerate(reads))
         return dict(image=missed(self.pixels(seen), squares(b['pixel_values'], self.side)), audio=missed(self.sound(heard), b['input_features']),
-                    things=sum(ce(f(seen[:n]).flatten(0, 1), b['cells'][..., k].flatten()) for k, f in enumerate(self.things)),
-                    text=ce(letters.flatten(0, 1), b['text'].flatten()), common=sum(x.flatten(0, -2).mean(0).square().mean() for x in (seen, heard)))
+                    things=told(self.things, seen[:n], b['cells']), text=3 * told(self.letters, seen[n:], b['text']),  # most squares are empty
+                    common=sum(x.flatten(0, -2).mean(0).square().mean() for x in (seen, heard)))
 
 # %% ../../nbs/train/08_pretrain.ipynb #9e978ebc
 def warm_encoders(
@@ -248,16 +253,18 @@ def warm_encoders(
     batches, # of `watch`
     steps:int, # how many
     lr:float=2e-3, # peak learning rate
+    progress:bool=False, # show a bar
 )->dict[str, float]: # what is still not told, by `Reads`
     "Train encoders and projectors to keep what they see and hear, linearly readable."
     body, reads = model.model, Reads(model.config)
     params = [p for m in (body.vision_tower, body.vision_projector, body.audio_tower, body.audio_projector, reads) for p in m.parameters()]
     adam = torch.optim.AdamW(params, lr, (.9, .98))
-    for i, b in zip(range(steps), batches):
+    for i, b in zip(bar := tqdm(range(steps), 'encoders', disable=not progress), batches):
         for g in adam.param_groups: g['lr'] = lr * min(1, (i + 1) / 20, 2 * (steps - i) / steps)
         missed = reads(body, b)
         adam.zero_grad(); sum(missed.values()).backward()
         nn.utils.clip_grad_norm_(params, 1.); adam.step()
+        if i % 20 == 19: bar.set_postfix({k: f'{float(v.detach()):.3f}' for k, v in missed.items()})
     return {k: float(v.detach()) for k, v in missed.items()}
 
 # %% ../../nbs/train/08_pretrain.ipynb #c7d87136
@@ -265,7 +272,7 @@ PACE = {'*vision_*': .3, '*audio_*': .3, '*norm*': .5, '*embed_tokens*': 2.8, 'l
 
 def pretrain_defaults()->TrainArgs:
     "What the shipped checkpoint was trained with."
-    return TrainArgs(steps=4400, packs=2, max_length=512, optimizer='muon', lr=.0036, lr_scale=dict(PACE), schedule='wsd', warmup=.01, decay=.4,
+    return TrainArgs(steps=14000, packs=2, max_length=512, optimizer='muon', lr=.0036, lr_scale=dict(PACE), schedule='wsd', warmup=.01, decay=.4,
                      save_every=200, precision='no', device='cpu')
 
 @dataclass
@@ -275,7 +282,7 @@ class PretrainRecipe:
     train:TrainArgs = field(default_factory=pretrain_defaults)
     image_codes:Count = opt(2048, 'size of the image codebook')
     audio_codes:Count = opt(128, 'size of the audio codebook')
-    warm:Count = opt(1000, 'steps in which the encoders learn to see before the rest joins in')
+    warm:Count = opt(2500, 'steps in which the encoders learn to see before the rest joins in')
     score:Count = opt(200, 'samples a task and split in the final evaluation')
     output:str = opt(str(settings.paths.runs/'pretrain'), 'folder of the run; the model lies in its folder `model`')
     resume:bool = opt(True, 'go on from the last checkpoint in `output`, if there is one')
@@ -305,7 +312,7 @@ def start(
     processor = OmniProcessor.from_pretrained(out/'processor')
     model, world = make_model(recipe.size, processor, t.seed), World(t.seed)
     if not (recipe.resume and checkpoints(out/'checkpoints')):
-        warm_encoders(model, (watch(world, processor, i) for i in range(recipe.warm)), recipe.warm)
+        warm_encoders(model, (watch(world, processor, i) for i in range(recipe.warm)), recipe.warm, progress=int(os.environ.get('RANK', 0)) == 0)
     packs = Stream(WorldPacks(Questions(world), processor, t.max_length))
     opts = optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, t.lr_scale)
     return processor, prepare(Scorer(model, entropy=False), opts, accelerator(t.precision, t.device, mixed=True), data=packs,

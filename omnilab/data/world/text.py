@@ -81,6 +81,12 @@ class Word:
         left, top = f.getbbox(self.text)[:2]
         ImageDraw.Draw(im).text((self.x - left, self.y - top), self.text, COLORS[self.color], font=f)
         return im
+    @cached_property
+    def centers(self): # (x, y) of the middle of each character, pixels
+        f = font(self.font, self.size)
+        left, top, _, bottom = f.getbbox(self.text)
+        at = [f.getlength(self.text[:i]) for i in range(len(self.text) + 1)]
+        return [(self.x - left + (a + b) / 2, self.y + (bottom - top) / 2) for a, b in zip(at, at[1:])]
     def _repr_png_(self): return self.image.resize((192, 192), Image.NEAREST)._repr_png_()
 
 def sample_written(
