@@ -228,6 +228,7 @@ def watch(
     return dict(pixel_values=torch.stack(pixels), cells=torch.stack([contents(s) for s in scenes]), text=torch.stack([spelled(w) for w in words]),
                 input_features=torch.cat(sounds), audio_lengths=torch.tensor([len(x) for x in sounds]))
 
+# %% ../../nbs/train/08_pretrain.ipynb #753be0e2
 class Reads(nn.Module):
     "Linear readings of what encoders and projectors give."
     def __init__(self, config:OmniConfig):
@@ -306,16 +307,18 @@ def start(
 )->tuple[OmniProcessor, object]: # the processor, and the run: at its beginning
     "Processor, model, stream and optimisers; words and codebooks are kept in the run's folder."
     t = recipe.train
-    if not (out/'processor').exists():
+    acc = accelerator(t.precision, t.device, mixed=True)
+    if acc.is_main_process and not (out/'processor').exists():
         make_processor(t.seed, recipe.image_codes, recipe.audio_codes).save_pretrained(out/'processor.part')
         (out/'processor.part').rename(out/'processor')
+    acc.wait_for_everyone()
     processor = OmniProcessor.from_pretrained(out/'processor')
     model, world = make_model(recipe.size, processor, t.seed), World(t.seed)
     if not (recipe.resume and checkpoints(out/'checkpoints')):
-        warm_encoders(model, (watch(world, processor, i) for i in range(recipe.warm)), recipe.warm, progress=int(os.environ.get('RANK', 0)) == 0)
+        warm_encoders(model, (watch(world, processor, i) for i in range(recipe.warm)), recipe.warm, progress=acc.is_main_process)
     packs = Stream(WorldPacks(Questions(world), processor, t.max_length))
     opts = optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, t.lr_scale)
-    return processor, prepare(Scorer(model, entropy=False), opts, accelerator(t.precision, t.device, mixed=True), data=packs,
+    return processor, prepare(Scorer(model, entropy=False), opts, acc, data=packs,
                               objective=sft_objective(processor, t.z_loss), size=size, steps=t.steps, packs=t.packs, clip=t.clip,
                               schedule=schedule(t.schedule, t.steps, round(t.warmup * t.steps), t.decay))
 
@@ -327,7 +330,7 @@ def pretrain(
     "Train, score and save; killed at any moment, the same call goes on."
     out, t = Path(recipe.output), recipe.train
     out.mkdir(parents=True, exist_ok=True)
-    if not recipe.resume:
+    if not recipe.resume and int(os.environ.get('RANK', 0)) == 0:
         for name in ('processor', 'checkpoints', 'tensorboard'): shutil.rmtree(out/name, ignore_errors=True)
     processor, run = start(recipe, out)
     (out/'recipe.yaml').write_text(to_yaml(recipe))
