@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['GROUPS', 'SCENE', 'KNOWN', 'PACE', 'FREE', 'sentences', 'answers', 'make_processor', 'ceilings', 'Questions',
-           'WorldPacks', 'SizeArgs', 'model_config', 'make_model', 'squares', 'contents', 'spelled', 'watch', 'Reads',
-           'warm_encoders', 'pretrain_defaults', 'PretrainRecipe', 'watched', 'start', 'pretrain', 'score', 'release',
-           'draw_release', 'main']
+           'WorldPacks', 'SizeArgs', 'model_config', 'make_model', 'squares', 'contents', 'frame', 'spelled', 'watch',
+           'Reads', 'senses', 'warm_encoders', 'pretrain_defaults', 'PretrainRecipe', 'watched', 'start', 'pretrain',
+           'score', 'release', 'draw_release', 'main']
 
 # %% ../../nbs/train/08_pretrain.ipynb #692ebe47
 import json, os, shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -23,7 +25,8 @@ from transformers.utils import logging
 import omnilab.forest.attention  # registers the attention named 'forest'
 from ..data.samples import Sample
 from ..data.world.judges import JUDGES
-from ..data.world.scenes import CANVAS, COLORS, PLACES, SHAPES, SIZES, Scene
+from ..data.world.clips import FRAMES, Clip
+from ..data.world.scenes import CANVAS, CELL, COLORS, PLACES, SHAPES, SIZES
 from ..data.world.tasks import DEFAULT_TASKS, TASKS, World
 from ..data.world.text import LETTERS, Word
 from ..engine.local import LocalEngine
@@ -192,16 +195,28 @@ def squares(
     x = pixels.unflatten(2, (side, -1)).unflatten(4, (side, -1))
     return x.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
-KNOWN = {'color': list(COLORS), 'shape': list(SHAPES), 'size': list(SIZES), 'dx': [0, 2, 4, 6], 'dy': [0, 2, 4, 6]}
+KNOWN = {'color': list(COLORS), 'shape': list(SHAPES), 'size': list(SIZES), 'dx': [*range(-6, 12, 2)], 'dy': [*range(-6, 12, 2)]}
 
 def contents(
-    scene:Scene, # up to nine things
+    things, # of a scene, or of one frame of a clip
 )->Tensor: # index of what is in `KNOWN`, for each cell, [9, 5]; 0: nothing there
-    "What lies in each cell of a scene."
+    "What lies in each cell of a picture: a thing belongs to the cell that holds its middle."
     out = torch.zeros(len(PLACES), len(KNOWN), dtype=torch.long)
-    for t in scene.things: out[PLACES.index(t.place)] = torch.tensor([1 + names.index(getattr(t, k)) for k, names in KNOWN.items()])
+    for t in things:
+        x, y, x2, y2 = t.box
+        col, row = (x + x2) // 2 // CELL, (y + y2) // 2 // CELL
+        facts = dict(color=t.color, shape=t.shape, size=t.size, dx=x - col * CELL, dy=y - row * CELL)
+        out[3 * row + col] = torch.tensor([1 + names.index(facts[k]) for k, names in KNOWN.items()])
     return out
 
+def frame(
+    clip:Clip, # two things, one of them moving
+    k:int, # which frame
+)->tuple: # its picture, and its things
+    "One frame as a picture of its own."
+    return Image.fromarray(clip.frames[k]), [clip.static, SimpleNamespace(size=clip.size, color=clip.color, shape=clip.shape, box=clip.box(k))]
+
+# %% ../../nbs/train/08_pretrain.ipynb #d2742b02
 def spelled(
     word:Word, # as it stands on the canvas
     side:int=3, # squares along a side
@@ -218,14 +233,15 @@ def watch(
     world:World, # where they come from
     processor:OmniProcessor, # makes tensors of them
     i:int, # number of the batch
-    n:int=24, # scenes; as many words, and a third as many sounds
+    n:int=24, # scenes; as many words, half as many frames, a third as many sounds
 )->dict[str, Tensor]: # model inputs, and what they hold
-    "A batch of scenes, printed words and sounds, without questions."
+    "A batch of scenes, frames of clips, printed words and sounds, without questions."
     p, at = processor, range(10**6 + i * n, 10**6 + (i + 1) * n)                  # beyond what the stream asks about
     scenes, words = [world.subject('scene', j) for j in at], [world.subject('word', j) for j in at]
-    pixels = [image_pixels(x.image, p.image_size, p.image_mean, p.image_std) for x in scenes + words]
-    sounds = [log_mel(world.subject('tones', j).wave, p.sampling_rate) for j in at[:n // 3]]
-    return dict(pixel_values=torch.stack(pixels), cells=torch.stack([contents(s) for s in scenes]), text=torch.stack([spelled(w) for w in words]),
+    shown = [(s.image, s.things) for s in scenes] + [frame(world.subject('clip', j), j % FRAMES) for j in at[::2]]
+    pixels = [image_pixels(im, p.image_size, p.image_mean, p.image_std) for im in [im for im, _ in shown] + [w.image for w in words]]
+    sounds = [log_mel(world.subject('tones', j).wave, p.sampling_rate) for j in at[::3]]
+    return dict(pixel_values=torch.stack(pixels), cells=torch.stack([contents(things) for _, things in shown]), text=torch.stack([spelled(w) for w in words]),
                 input_features=torch.cat(sounds), audio_lengths=torch.tensor([len(x) for x in sounds]))
 
 # %% ../../nbs/train/08_pretrain.ipynb #753be0e2
@@ -248,7 +264,14 @@ class Reads(nn.Module):
                     things=told(self.things, seen[:n], b['cells']), text=3 * told(self.letters, seen[n:], b['text']),  # most squares are empty
                     common=sum(x.flatten(0, -2).mean(0).square().mean() for x in (seen, heard)))
 
-# %% ../../nbs/train/08_pretrain.ipynb #9e978ebc
+# %% ../../nbs/train/08_pretrain.ipynb #fc583d52
+def senses(
+    model:OmniForConditionalGeneration, # any
+)->tuple[nn.Module, ...]: # encoders and projectors
+    "What turns media into vectors."
+    m = model.model
+    return m.vision_tower, m.vision_projector, m.audio_tower, m.audio_projector
+
 def warm_encoders(
     model:OmniForConditionalGeneration, # its encoders and projectors are changed in place
     batches, # of `watch`
@@ -258,7 +281,7 @@ def warm_encoders(
 )->dict[str, float]: # what is still not told, by `Reads`
     "Train encoders and projectors to keep what they see and hear, linearly readable."
     body, reads = model.model, Reads(model.config)
-    params = [p for m in (body.vision_tower, body.vision_projector, body.audio_tower, body.audio_projector, reads) for p in m.parameters()]
+    params = [p for m in (*senses(model), reads) for p in m.parameters()]
     adam = torch.optim.AdamW(params, lr, (.9, .98))
     for i, b in zip(bar := tqdm(range(steps), 'encoders', disable=not progress), batches):
         for g in adam.param_groups: g['lr'] = lr * min(1, (i + 1) / 20, 2 * (steps - i) / steps)
@@ -269,11 +292,11 @@ def warm_encoders(
     return {k: float(v.detach()) for k, v in missed.items()}
 
 # %% ../../nbs/train/08_pretrain.ipynb #c7d87136
-PACE = {'*vision_*': .3, '*audio_*': .3, '*norm*': .5, '*embed_tokens*': 2.8, 'lm_head*': 1.1}      # factors on the learning rate
+PACE = {'*norm*': .5, '*embed_tokens*': 2.8, 'lm_head*': 1.1}      # factors on the learning rate
 
 def pretrain_defaults()->TrainArgs:
     "What the shipped checkpoint was trained with."
-    return TrainArgs(steps=14000, packs=2, max_length=512, optimizer='muon', lr=.0036, lr_scale=dict(PACE), schedule='wsd', warmup=.01, decay=.4,
+    return TrainArgs(steps=10000, packs=2, max_length=512, optimizer='muon', lr=.0036, lr_scale=dict(PACE), schedule='wsd', warmup=.01, decay=.4,
                      save_every=200, precision='no', device='cpu')
 
 @dataclass
@@ -316,6 +339,7 @@ def start(
     model, world = make_model(recipe.size, processor, t.seed), World(t.seed)
     if not (recipe.resume and checkpoints(out/'checkpoints')):
         warm_encoders(model, (watch(world, processor, i) for i in range(recipe.warm)), recipe.warm, progress=acc.is_main_process)
+    for part in senses(model): part.requires_grad_(False)
     packs = Stream(WorldPacks(Questions(world), processor, t.max_length))
     opts = optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, t.lr_scale)
     return processor, prepare(Scorer(model, entropy=False), opts, acc, data=packs,
