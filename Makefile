@@ -46,8 +46,7 @@ docs: setup
 	@$(PY) tools/docs.py $(ARGS)
 
 bench: setup
-	@ls omnilab/bench/[a-z]*.py >/dev/null 2>&1 || { echo "make bench: there are no benchmarks yet (nbs/bench is empty)"; exit 1; }
-	@for f in omnilab/bench/[a-z]*.py; do OMP_NUM_THREADS=1 $(PY) -m omnilab.bench.$$(basename $$f .py) --quick $(ARGS); done
+	@for f in $$(grep -l '^def main' omnilab/bench/*.py); do OMP_NUM_THREADS=1 $(PY) -m omnilab.bench.$$(basename $$f .py) --quick $(ARGS); done
 
 export: setup
 	@$(PY) -c "from nbdev.doclinks import nbdev_export; nbdev_export()"
