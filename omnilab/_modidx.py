@@ -1227,6 +1227,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'omnilab/train/pretrain.py'),
                                         'omnilab.train.pretrain.model_config': ( 'train/pretrain.html#model_config',
                                                                                  'omnilab/train/pretrain.py'),
+                                        'omnilab.train.pretrain.once': ('train/pretrain.html#once', 'omnilab/train/pretrain.py'),
                                         'omnilab.train.pretrain.pretrain': ('train/pretrain.html#pretrain', 'omnilab/train/pretrain.py'),
                                         'omnilab.train.pretrain.pretrain_defaults': ( 'train/pretrain.html#pretrain_defaults',
                                                                                       'omnilab/train/pretrain.py'),

@@ -1,5 +1,5 @@
-"""The command that made the shipped checkpoint: two processes, from an empty folder to a scored model."""
-import json, os, subprocess, sys
+"""The command that made the shipped checkpoint: two processes, from an empty folder to a scored model; killed, it goes on as if nothing had been."""
+import json, os, shutil, subprocess, sys
 import pytest
 
 SMALL = '--size.hidden 64 --size.layers 1 --size.vision 32 --size.vision_layers 1 --size.audio 32 --image_codes 64 --audio_codes 16 --warm 3 --score 1'
@@ -11,13 +11,19 @@ def pretrain(out, steps):
     cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m', 'omnilab.train.pretrain', *words]
     done = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
-    return [json.loads(line)['step'] for line in (out/'metrics.jsonl').open()]
+    return [json.loads(line) for line in (out/'metrics.jsonl').open()]
 
 
 @pytest.mark.slow
 def test_from_an_empty_folder(tmp_path):
     out = tmp_path/'run'
-    assert pretrain(out, 3) == [1, 2, 3]
+    rows = pretrain(out, 3)
+    assert [r['step'] for r in rows] == [1, 2, 3]
     about = json.loads((out/'model'/'scores.json').read_text())
     assert about['processes'] == 2 and about['steps'] == 3 and {'test', 'novel'} == {*about['scores']}
     assert (out/'model'/'model.safetensors').exists()
+    weights = (out/'model'/'model.safetensors').read_bytes()
+    shutil.rmtree(out/'model'); shutil.rmtree(out/'checkpoints'/'step-000003', ignore_errors=True)
+    again = pretrain(out, 3)                                              # from step 2
+    assert [r['step'] for r in again] == [1, 2, 3] and again[2]['loss'] == rows[2]['loss']
+    assert (out/'model'/'model.safetensors').read_bytes() == weights

@@ -37,7 +37,7 @@ def saved_bytes(
         s = x.untyped_storage()
         if s.data_ptr() not in weights: kept[s.data_ptr()] = s.nbytes(), x      # held, or its address would be given out again
         return x
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x): out = f()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x): f()
     return sum(n for n, _ in kept.values())
 
 # %% ../../nbs/bench/00_measure.ipynb #fb1c7af7

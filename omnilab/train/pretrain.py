@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['GROUPS', 'SCENE', 'KNOWN', 'PACE', 'FREE', 'sentences', 'answers', 'make_processor', 'ceilings', 'Questions',
            'WorldPacks', 'SizeArgs', 'model_config', 'make_model', 'squares', 'contents', 'frame', 'spelled', 'watch',
-           'Reads', 'senses', 'warm_encoders', 'pretrain_defaults', 'PretrainRecipe', 'watched', 'start', 'pretrain',
-           'score', 'release', 'draw_release', 'main']
+           'Reads', 'senses', 'warm_encoders', 'pretrain_defaults', 'PretrainRecipe', 'watched', 'once', 'start',
+           'pretrain', 'score', 'release', 'draw_release', 'main']
 
 # %% ../../nbs/train/08_pretrain.ipynb #692ebe47
 import json, os, shutil
@@ -17,7 +17,9 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -42,7 +44,7 @@ from ..objectives.score import Scorer
 from ..objectives.sft import sft_objective, size
 from ..settings import settings
 from .callbacks import MetricsFile, ModalityGap, Progress, TensorBoard, TokenDiversity
-from .checkpoint import Checkpoint, checkpoints, resume
+from .checkpoint import Checkpoint, resume
 from .loop import Stream, accelerator, fits, optimizers, prepare, schedule, train
 from .recipe import Count, TrainArgs, command, opt, to_yaml
 
@@ -279,9 +281,9 @@ def warm_encoders(
     lr:float=2e-3, # peak learning rate
     progress:bool=False, # show a bar
 )->dict[str, float]: # what is still not told, by `Reads`
-    "Train encoders and projectors to keep what they see and hear, linearly readable."
+    "Train encoders and projectors to keep what they see and hear, linearly readable; then they are frozen."
     body, reads = model.model, Reads(model.config)
-    params = [p for m in (*senses(model), reads) for p in m.parameters()]
+    params = [p.requires_grad_() for m in (*senses(model), reads) for p in m.parameters()]
     adam = torch.optim.AdamW(params, lr, (.9, .98))
     for i, b in zip(bar := tqdm(range(steps), 'encoders', disable=not progress), batches):
         for g in adam.param_groups: g['lr'] = lr * min(1, (i + 1) / 20, 2 * (steps - i) / steps)
@@ -289,6 +291,7 @@ def warm_encoders(
         adam.zero_grad(); sum(missed.values()).backward()
         nn.utils.clip_grad_norm_(params, 1.); adam.step()
         if i % 20 == 19: bar.set_postfix({k: f'{float(v.detach()):.3f}' for k, v in missed.items()})
+    for m in senses(model): m.requires_grad_(False)
     return {k: float(v.detach()) for k, v in missed.items()}
 
 # %% ../../nbs/train/08_pretrain.ipynb #c7d87136
@@ -324,22 +327,35 @@ def watched(
 
 FREE = ('output', 'resume', 'score', 'train.save_every', 'train.keep', 'train.tracker')   # may differ when a run goes on
 
+def once(
+    acc:Accelerator, # knows which process is the first
+    path:Path, # file or folder
+    make, # called with a path to write to
+)->Path: # `path`, complete
+    "Let the first process make what isn't there; the others wait."
+    if acc.is_main_process and not path.exists():
+        part = path.with_name(path.name + '.part')
+        make(part); part.rename(path)
+    acc.wait_for_everyone()
+    return path
+
+# %% ../../nbs/train/08_pretrain.ipynb #c65811d1
 def start(
     recipe:PretrainRecipe, # what to do
     out:Path, # folder of the run
 )->tuple[OmniProcessor, object]: # the processor, and the run: at its beginning
-    "Processor, model, stream and optimisers; words and codebooks are kept in the run's folder."
-    t = recipe.train
+    "Processor, model, stream and optimisers; words, codebooks and encoders are kept in the run's folder, for a run that goes on."
+    t, world = recipe.train, World(recipe.train.seed)
     acc = accelerator(t.precision, t.device, mixed=True)
-    if acc.is_main_process and not (out/'processor').exists():
-        make_processor(t.seed, recipe.image_codes, recipe.audio_codes).save_pretrained(out/'processor.part')
-        (out/'processor.part').rename(out/'processor')
-    acc.wait_for_everyone()
-    processor = OmniProcessor.from_pretrained(out/'processor')
-    model, world = make_model(recipe.size, processor, t.seed), World(t.seed)
-    if not (recipe.resume and checkpoints(out/'checkpoints')):
-        warm_encoders(model, (watch(world, processor, i) for i in range(recipe.warm)), recipe.warm, progress=acc.is_main_process)
-    for part in senses(model): part.requires_grad_(False)
+    words = lambda path: make_processor(t.seed, recipe.image_codes, recipe.audio_codes).save_pretrained(path)
+    processor = OmniProcessor.from_pretrained(once(acc, out/'processor', words))
+    model = make_model(recipe.size, processor, t.seed)
+    parts = nn.ModuleList(senses(model)).requires_grad_(False)
+
+    def learn(path):
+        warm_encoders(model, (watch(world, processor, i) for i in range(recipe.warm)), recipe.warm, progress=True)
+        save_file(parts.state_dict(), path)
+    parts.load_state_dict(load_file(once(acc, out/'encoders.safetensors', learn)))
     packs = Stream(WorldPacks(Questions(world), processor, t.max_length))
     opts = optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, t.lr_scale)
     return processor, prepare(Scorer(model, entropy=False), opts, acc, data=packs,
@@ -356,6 +372,7 @@ def pretrain(
     out.mkdir(parents=True, exist_ok=True)
     if not recipe.resume and int(os.environ.get('RANK', 0)) == 0:
         for name in ('processor', 'checkpoints', 'tensorboard'): shutil.rmtree(out/name, ignore_errors=True)
+        (out/'encoders.safetensors').unlink(missing_ok=True)
     processor, run = start(recipe, out)
     (out/'recipe.yaml').write_text(to_yaml(recipe))
     facts = asdict(recipe)
