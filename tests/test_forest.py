@@ -82,7 +82,7 @@ def test_attention_is_the_dense_mask(docs, call, heads, name):
     kept = BACKENDS['flash_cpu']
     BACKENDS['flash_cpu'] = BACKENDS[name]
     try:
-        with torch.no_grad(): out, lse = run_tiles(q, k, v, p.tiles, p.end, .3); grads = run_tiles_backward(up, q, k, v, out, lse, p.tiles, p.end, .3)
+        with torch.no_grad(): out, lse = run_tiles(q, k, v, p.tiles, p.rule, .3); grads = run_tiles_backward(up, q, k, v, out, lse, p.tiles, p.rule, .3)
     finally: BACKENDS['flash_cpu'] = kept
     torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
     for a, b in zip(grads, torch.autograd.grad(want, (q, k, v), up)): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'HONOURED', 'HARMLESS', 'scores', 'attend', 'attend_backward', 'Backend', 'flash', 'flash_backward',
-           'backend', 'walk', 'run_tiles', 'empty', 'run_tiles_backward', 'forest_op', 'forest_backward_op',
-           'attention', 'refuse', 'check_call', 'forest_attention', 'LateMask', 'forest_mask']
+           'backend', 'walk', 'run_tiles', 'empty', 'run_tiles_backward', 'drain', 'drain_backward', 'forest_op',
+           'forest_backward_op', 'attention', 'read_mask', 'refuse', 'check_call', 'forest_attention', 'LateMask',
+           'forest_mask']
 
 # %% ../../nbs/forest/02_attention.ipynb #4c39289e
 from functools import partial
+from inspect import getclosurevars
 from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from .plan import CAUSAL, FULL, MASKED, Plan           # omnilab comes before transformers: its import makes torchvision's work
+from .plan import BAND, BLOCK, CAUSAL, FULL, MASKED, Plan, tile_mask           # omnilab comes before transformers: its import makes torchvision's work
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 # %% ../../nbs/forest/02_attention.ipynb #0307204b
 def scores(
@@ -25,28 +27,33 @@ def scores(
     causal:bool, # query i sees keys up to i
     bias:Tensor|None, # added to the scores, [a, b]
     scale:float, # of the scores
+    cap:float=0., # soft cap: scores become cap · tanh(score / cap); 0: none
 )->Tensor: # scores, [1, heads, a, b], at least fp32
     "Scaled scores with what is invisible at minus infinity."
     up = torch.promote_types(q.dtype, torch.float32)
     s = q.to(up) @ k.to(up).mT * scale
+    if cap: s = cap * (s / cap).tanh()
     if bias is not None: s = s + bias
     return s.masked_fill(~torch.ones(s.shape[-2:], dtype=torch.bool, device=s.device).tril(), -torch.inf) if causal else s
 
 # %% ../../nbs/forest/02_attention.ipynb #ea73e538
-def attend(q:Tensor, k:Tensor, v:Tensor, causal:bool, bias:Tensor|None, scale:float)->tuple[Tensor, Tensor]:
+def attend(q:Tensor, k:Tensor, v:Tensor, causal:bool, bias:Tensor|None, scale:float, cap:float=0.)->tuple[Tensor, Tensor]:
     "One tile forward: output [1, heads, a, dv] and log-sum-exp [1, heads, a]."
     group = q.shape[1] // k.shape[1]
-    s = scores(q, k.repeat_interleave(group, 1), causal, bias, scale)
+    s = scores(q, k.repeat_interleave(group, 1), causal, bias, scale, cap)
     lse = s.logsumexp(-1)
     return ((s - lse[..., None]).exp() @ v.repeat_interleave(group, 1).to(s.dtype)).to(q.dtype), lse
 
 # %% ../../nbs/forest/02_attention.ipynb #e83bcd7d
-def attend_backward(g:Tensor, q:Tensor, k:Tensor, v:Tensor, out:Tensor, lse:Tensor, causal:bool, bias:Tensor|None, scale:float)->tuple[Tensor, Tensor, Tensor]:
+def attend_backward(g:Tensor, q:Tensor, k:Tensor, v:Tensor, out:Tensor, lse:Tensor, causal:bool, bias:Tensor|None, scale:float,
+                    cap:float=0.)->tuple[Tensor, Tensor, Tensor]:
     "One tile's share of the gradient, from the output and log-sum-exp over all tiles."
     group, (g, out) = q.shape[1] // k.shape[1], (x.to(lse.dtype) for x in (g, out))
     kk, vv = (x.repeat_interleave(group, 1).to(lse.dtype) for x in (k, v))
-    p = (scores(q, kk, causal, bias, scale) - lse[..., None]).exp()
+    s = scores(q, kk, causal, bias, scale, cap)
+    p = (s - lse[..., None]).exp()
     ds = p * (g @ vv.mT - (g * out).sum(-1, keepdim=True)) * scale
+    if cap: ds = ds * (1 - (s / cap).masked_fill(s == -torch.inf, 0)**2)
     gk, gv = ds.mT @ q.to(lse.dtype), p.mT @ g
     gk, gv = (x.unflatten(1, (-1, group)).sum(2) for x in (gk, gv))
     return (ds @ kk).to(q.dtype), gk.to(q.dtype), gv.to(q.dtype)
@@ -54,13 +61,13 @@ def attend_backward(g:Tensor, q:Tensor, k:Tensor, v:Tensor, out:Tensor, lse:Tens
 # %% ../../nbs/forest/02_attention.ipynb #9c614ea4
 class Backend(NamedTuple):
     "How one tile is run."
-    forward:Callable     # (q, k, v, causal, bias, scale) -> output, log-sum-exp
-    backward:Callable    # (gradient, q, k, v, output, log-sum-exp, causal, bias, scale) -> gradients of q, k, v
+    forward:Callable     # (q, k, v, causal, bias, scale, cap) -> output, log-sum-exp
+    backward:Callable    # (gradient, q, k, v, output, log-sum-exp, causal, bias, scale, cap) -> gradients of q, k, v
 
-def flash(q, k, v, causal, bias, scale):
+def flash(q, k, v, causal, bias, scale, cap):
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(q, k, v, 0., causal, attn_mask=bias, scale=scale)
 
-def flash_backward(g, q, k, v, out, lse, causal, bias, scale):
+def flash_backward(g, q, k, v, out, lse, causal, bias, scale, cap):
     return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default(g, q, k, v, out, lse, 0., causal, attn_mask=bias, scale=scale)
 
 BACKENDS = {'flash_cpu': Backend(flash, flash_backward), 'torch': Backend(attend, attend_backward)}
@@ -69,36 +76,38 @@ BACKENDS = {'flash_cpu': Backend(flash, flash_backward), 'torch': Backend(attend
 def backend(
     q:Tensor, # queries, [1, heads, n, d]
     v:Tensor, # values, [1, kv heads, n, dv]
+    cap:float, # soft cap of the scores; 0: none
 )->Backend: # the fastest that fits
     "Which kernels run these tensors."
-    return BACKENDS['flash_cpu' if q.device.type == 'cpu' and q.shape[-1] == v.shape[-1] else 'torch']
+    return BACKENDS['flash_cpu' if q.device.type == 'cpu' and q.shape[-1] == v.shape[-1] and not cap else 'torch']
 
 # %% ../../nbs/forest/02_attention.ipynb #900d2620
 def walk(
     tiles:Tensor, # first query, one past, first key, one past, kind, [tiles, 5]
-    end:Tensor, # one past the last token below each token's node, [n]
+    rule:Tensor, # end, depth, low and reach of every token, [4, n]
     like:Tensor, # dtype and device of additive masks
 ):
-    "Each tile as (slice of queries, slice of keys, kind, its additive mask or None)."
+    "Each tile as (slice of queries, slice of keys, kind, its additive mask or None, queries that see nothing of it or None)."
     for q0, q1, k0, k1, kind in tiles.tolist():
-        bias = None
-        if kind == MASKED:
-            seen = (torch.arange(q0, q1)[:, None] < end[q0:q1]).tril_().to(like.device)
+        bias = blind = None
+        if kind not in (FULL, CAUSAL):
+            seen = tile_mask((q0, q1, k0, k1, kind), rule).to(like.device)
             bias = torch.where(seen, like.new_zeros(()), -torch.inf)
-        yield slice(q0, q1), slice(k0, k1), kind, bias
+            if kind != MASKED and not (some := seen.any(1)).all(): blind = ~some
+        yield slice(q0, q1), slice(k0, k1), kind, bias, blind
 
 # %% ../../nbs/forest/02_attention.ipynb #08b03deb
-def run_tiles(q:Tensor, k:Tensor, v:Tensor, tiles:Tensor, end:Tensor, scale:float)->tuple[Tensor, Tensor]:
+def run_tiles(q:Tensor, k:Tensor, v:Tensor, tiles:Tensor, rule:Tensor, scale:float, cap:float=0.)->tuple[Tensor, Tensor]:
     "Output [1, heads, n, dv] and log-sum-exp [1, heads, n] of all tiles together."
     out, lse = empty(q, v)
-    forward = backend(q, v).forward
-    for a, b, kind, m in walk(tiles, end, q):
-        o, l = forward(q[:, :, a], k[:, :, b], v[:, :, b], kind == CAUSAL, m, scale)
+    forward = backend(q, v, cap).forward
+    for a, b, kind, m, blind in walk(tiles, rule, q):
+        o, l = forward(q[:, :, a], k[:, :, b], v[:, :, b], kind == CAUSAL, m, scale, cap)
+        if blind is not None: o, l = o.masked_fill(blind[:, None], 0), l.masked_fill(blind, -torch.inf)
         old, at = out[:, :, a], lse[:, :, a]
-        if kind == FULL:
-            old.lerp_(o, torch.sigmoid(l - at)[..., None].to(o.dtype))
-            torch.logaddexp(at, l, out=at)
-        else: old.copy_(o); at.copy_(l)
+        if kind in (CAUSAL, MASKED): old.copy_(o); at.copy_(l); continue
+        old.lerp_(o, torch.sigmoid(l - at)[..., None].to(o.dtype))
+        torch.logaddexp(at, l, out=at)
     return out, lse
 
 # %% ../../nbs/forest/02_attention.ipynb #c17d1ab3
@@ -111,41 +120,58 @@ def empty(
     return q.new_empty(1, n, h, v.shape[-1]).transpose(1, 2), q.new_empty(1, n, h, dtype=torch.promote_types(q.dtype, torch.float32)).transpose(1, 2)
 
 # %% ../../nbs/forest/02_attention.ipynb #ad7ed46e
-def run_tiles_backward(g:Tensor, q:Tensor, k:Tensor, v:Tensor, out:Tensor, lse:Tensor, tiles:Tensor, end:Tensor, scale:float)->list[Tensor]:
+def run_tiles_backward(g:Tensor, q:Tensor, k:Tensor, v:Tensor, out:Tensor, lse:Tensor, tiles:Tensor, rule:Tensor, scale:float, cap:float=0.)->list[Tensor]:
     "Gradients of q, k and v."
     grads = [torch.empty_like(x) for x in (q, k, v)]
-    backward = backend(q, v).backward
-    for a, b, kind, m in walk(tiles, end, q):
-        shares = backward(g[:, :, a], q[:, :, a], k[:, :, b], v[:, :, b], out[:, :, a], lse[:, :, a], kind == CAUSAL, m, scale)
+    backward = backend(q, v, cap).backward
+    for a, b, kind, m, _ in walk(tiles, rule, q):
+        shares = backward(g[:, :, a], q[:, :, a], k[:, :, b], v[:, :, b], out[:, :, a], lse[:, :, a], kind == CAUSAL, m, scale, cap)
         for grad, share, s in zip(grads, shares, (a, b, b)):
-            if kind == FULL: grad[:, :, s] += share
-            else: grad[:, :, s] = share
+            if kind in (CAUSAL, MASKED): grad[:, :, s] = share
+            else: grad[:, :, s] += share
     return grads
+
+# %% ../../nbs/forest/02_attention.ipynb #66641dad
+def drain(
+    out:Tensor, # [1, heads, n, dv]
+    lse:Tensor, # [1, heads, n]
+    sinks:Tensor, # a score for each head, [heads]
+)->tuple[Tensor, Tensor]: # output and log-sum-exp with the sinks in them
+    "Let sinks take their share."
+    total = torch.logaddexp(lse, sinks.to(lse.dtype)[:, None])
+    return out * (lse - total).exp()[..., None].to(out.dtype), total
+
+def drain_backward(g:Tensor, out:Tensor, lse:Tensor, sinks:Tensor)->Tensor: # [heads]
+    "Gradient of the sinks, from the final output and log-sum-exp."
+    share = (sinks.to(lse.dtype)[:, None] - lse).exp()
+    return -(share * (g.to(lse.dtype) * out.to(lse.dtype)).sum(-1)).sum((0, 2)).to(sinks.dtype)
 
 # %% ../../nbs/forest/02_attention.ipynb #7444300e
 @torch.library.custom_op('omnilab::forest', mutates_args=())
-def forest_op(q:Tensor, k:Tensor, v:Tensor, tiles:Tensor, end:Tensor, scale:float)->tuple[Tensor, Tensor]:
-    return run_tiles(q, k, v, tiles, end, scale)
+def forest_op(q:Tensor, k:Tensor, v:Tensor, sinks:Tensor|None, tiles:Tensor, rule:Tensor, scale:float, cap:float)->tuple[Tensor, Tensor]:
+    out, lse = run_tiles(q, k, v, tiles, rule, scale, cap)
+    return (out, lse) if sinks is None else drain(out, lse, sinks)
 
 @forest_op.register_fake
-def _(q, k, v, tiles, end, scale): return empty(q, v)
+def _(q, k, v, sinks, tiles, rule, scale, cap): return empty(q, v)
 
 # %% ../../nbs/forest/02_attention.ipynb #15d75193
 @torch.library.custom_op('omnilab::forest_backward', mutates_args=())
-def forest_backward_op(g:Tensor, q:Tensor, k:Tensor, v:Tensor, out:Tensor, lse:Tensor, tiles:Tensor, end:Tensor, scale:float)->list[Tensor]:
-    return run_tiles_backward(g, q, k, v, out, lse, tiles, end, scale)
+def forest_backward_op(g:Tensor, q:Tensor, k:Tensor, v:Tensor, sinks:Tensor|None, out:Tensor, lse:Tensor, tiles:Tensor, rule:Tensor, scale:float,
+                       cap:float)->list[Tensor]:
+    return run_tiles_backward(g, q, k, v, out, lse, tiles, rule, scale, cap) + ([] if sinks is None else [drain_backward(g, out, lse, sinks)])
 
 @forest_backward_op.register_fake
-def _(g, q, k, v, out, lse, tiles, end, scale): return [torch.empty_like(x) for x in (q, k, v)]
+def _(g, q, k, v, sinks, out, lse, tiles, rule, scale, cap): return [torch.empty_like(x) for x in (q, k, v, sinks) if x is not None]
 
 # %% ../../nbs/forest/02_attention.ipynb #d4e35104
 def _save(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
-    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+    *tensors, ctx.scale, ctx.cap = inputs
+    ctx.save_for_backward(*tensors[:4], *output, *tensors[4:])
 
 def _gradient(ctx, g, _):
-    q, k, v, out, lse, tiles, end = ctx.saved_tensors
-    return *forest_backward_op(g, q, k, v, out, lse, tiles, end, ctx.scale), None, None, None
+    grads = forest_backward_op(g, *ctx.saved_tensors, ctx.scale, ctx.cap)
+    return *grads, *[None] * (8 - len(grads))
 
 forest_op.register_autograd(_gradient, setup_context=_save)
 
@@ -156,14 +182,32 @@ def attention(
     v:Tensor, # values, [1, kv heads, n, dv]
     plan:Plan, # of the row
     scale:float|None=None, # of the scores; None: one over the root of d
+    cap:float|None=None, # soft cap of the scores
+    sinks:Tensor|None=None, # a score for each head that stands for no token, [heads]
 )->Tensor: # [1, heads, n, dv]
     "Attention over a row of trees."
     kind = q.device.type
     if torch.is_autocast_enabled(kind): q, k, v = (x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind)) for x in (q, k, v))
-    return forest_op(q, k, v, plan.tiles, plan.end, q.shape[-1]**-.5 if scale is None else scale)[0]
+    return forest_op(q, k, v, sinks, plan.tiles, plan.rule, q.shape[-1]**-.5 if scale is None else scale, cap or 0.)[0]
+
+# %% ../../nbs/forest/02_attention.ipynb #16851f40
+def read_mask(
+    f:Callable, # a mask function of transformers
+)->dict: # window, chunk, blocks, as `Plan.view` takes them; unknown: the name of a piece that was not understood
+    "What a mask function says, beyond causal."
+    name, held = f.__qualname__.split('.')[0], getclosurevars(f).nonlocals
+    if name in ('causal_mask_function', 'packed_sequence_mask_function'): return {}        # documents are the plan's business
+    if name == 'sliding_window_overlay': return {'window': held['sliding_window']}
+    if name == 'chunked_overlay': return {'chunk': held['chunk_size']}
+    if name == 'blockwise_overlay': return {'blocks': held['block_sequence_ids'][0].cpu()}
+    if name not in ('and_masks', 'or_masks'): return {'unknown': name}
+    parts = [read_mask(m) for m in held['mask_functions']]
+    names = [m.__qualname__.split('.')[0] for m in held['mask_functions']]
+    if name == 'or_masks' and (len(parts) != 2 or 'blocks' not in parts[1]): return {'unknown': ' or '.join(names)}
+    return {k: v for part in parts for k, v in part.items()}
 
 # %% ../../nbs/forest/02_attention.ipynb #a92cf456
-HONOURED = {'attention_mask', 'dropout', 'scaling', 'is_causal', 'sliding_window'}     # sliding_window: where no path is longer
+HONOURED = {'attention_mask', 'dropout', 'scaling', 'is_causal', 'sliding_window', 'softcap', 's_aux'}      # s_aux: sinks
 HARMLESS = {'position_ids', 'cache_position', 'use_cache', 'deterministic', 'output_attentions', 'output_hidden_states', 'output_router_logits', 'return_dict',
             'num_items_in_batch', 'cu_seq_lens_q', 'cu_seq_lens_k', 'max_length_q', 'max_length_k', 'layer_idx', 'logits_to_keep'}
 
@@ -180,6 +224,7 @@ def check_call(
     plan:Plan, # of the row
     q:Tensor, # queries, [batch, heads, n, d]
     k:Tensor, # keys, [batch, kv heads, m, d]
+    mask:Tensor|None, # what the mask function made
     dropout:float, # of the probabilities
     kwargs:dict, # whatever else the layer passed
 ):
@@ -187,8 +232,8 @@ def check_call(
     if q.shape[0] != 1 or q.shape[2] != k.shape[2] or q.shape[2] != len(plan):
         refuse(module, f'{q.shape[0]} × {q.shape[2]} queries and {k.shape[2]} keys for a plan of {len(plan)} tokens (one row, no padding, use_cache=False)')
     if dropout: refuse(module, f'attention dropout {dropout}; set attention_dropout=0')
-    window = kwargs.get('sliding_window')
-    if window is not None and window < plan.longest: refuse(module, f'sliding_window={window} and a path of {plan.longest} tokens')
+    if isinstance(mask, LateMask) and 'unknown' in mask.says: refuse(module, f'the mask {mask.says["unknown"]!r}')
+    if isinstance(mask, Tensor) and not isinstance(mask, LateMask) and not torch.compiler.is_compiling(): refuse(module, 'a mask of its own')
     for name, value in kwargs.items():
         if value is not None and value is not False and name not in HONOURED | HARMLESS: refuse(module, f'the argument {name!r}')
 
@@ -198,7 +243,7 @@ def forest_attention(
     query:Tensor, # [batch, heads, n, d]
     key:Tensor, # [batch, kv heads, m, d]
     value:Tensor, # [batch, kv heads, m, dv]
-    attention_mask:Tensor|None, # what the mask function made; not read when there is a plan
+    attention_mask:Tensor|None, # what the mask function made; of a late one, only what it says is read when there is a plan
     dropout:float=0., # of the probabilities
     scaling:float|None=None, # of the scores
     is_causal:bool|None=None, # None: as the module says
@@ -210,16 +255,17 @@ def forest_attention(
     if forest is None or not causal:
         if forest is not None and query.shape[2] == len(forest) != key.shape[2]: refuse(module, 'cross-attention')
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
-    check_call(module, forest, query, key, dropout, kwargs)
-    return attention(query, key, value, forest, scaling).transpose(1, 2), None
+    check_call(module, forest, query, key, attention_mask, dropout, kwargs)
+    view = forest.view(**{'window': kwargs.get('sliding_window')} | getattr(attention_mask, 'says', {}))
+    return attention(query, key, value, view, scaling, kwargs.get('softcap'), kwargs.get('s_aux')).transpose(1, 2), None
 
 # %% ../../nbs/forest/02_attention.ipynb #ec9cc66b
 class LateMask(torch.Tensor):
-    "A boolean mask that is made when it is first read."
+    "A boolean mask that is made when it is first read; `says` tells what it would show."
     @staticmethod
-    def __new__(cls, shape, device, make):
+    def __new__(cls, shape, device, make, says):
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=torch.bool, device=device)
-        self.make, self.made = make, None
+        self.make, self.made, self.says = make, None, says
         return self
     def __init__(self, *_): pass
     def __repr__(self): return f'LateMask{tuple(self.shape)}'
@@ -238,16 +284,20 @@ def forest_mask(
     batch_size:int, # rows
     q_length:int, # queries
     kv_length:int, # keys
+    mask_function:Callable=causal_mask_function, # who sees whom
     attention_mask:Tensor|None=None, # padding, [batch, keys]
     allow_is_causal_skip:bool=True, # None may stand for a causal mask
     device='cpu', # of the mask
     **kwargs, # whatever else the model says of its mask
 )->Tensor|None: # bool [batch, 1, queries, keys]; None: causal
     "The mask function registered as `forest`: stock SDPA's, late where a plan may make it needless."
-    make = partial(sdpa_mask, batch_size=batch_size, q_length=q_length, kv_length=kv_length, attention_mask=attention_mask,
-                   allow_is_causal_skip=allow_is_causal_skip, device=device, **kwargs)
-    late = batch_size == 1 and attention_mask is None and not allow_is_causal_skip and q_length == kv_length and not torch.compiler.is_compiling()
-    return LateMask((1, 1, q_length, kv_length), device, make) if late else make()
+    make = partial(sdpa_mask, batch_size=batch_size, q_length=q_length, kv_length=kv_length, mask_function=mask_function, attention_mask=attention_mask,
+                   device=device, **kwargs)
+    says, whole = read_mask(mask_function), batch_size == 1 and attention_mask is None and q_length == kv_length
+    if whole and torch.compiler.is_compiling() and says.keys() & {'chunk', 'blocks', 'unknown'}:
+        raise NotImplementedError(f'a compiled model whose mask says {", ".join(says)}: a forest plan could not be told; run it without torch.compile')
+    if not whole or torch.compiler.is_compiling() or not says and allow_is_causal_skip: return make(allow_is_causal_skip=allow_is_causal_skip)
+    return LateMask((1, 1, q_length, kv_length), device, partial(make, allow_is_causal_skip=False), says)
 
 AttentionInterface.register('forest', forest_attention)
 AttentionMaskInterface.register('forest', forest_mask)
