@@ -15,7 +15,7 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
-from .plan import BAND, BLOCK, CAUSAL, FULL, MASKED, Plan, tile_mask           # omnilab comes before transformers: its import makes torchvision's work
+from .plan import BAND, BLOCK, CAUSAL, FULL, MASKED, Plan, tile_mask      # before transformers: omnilab makes torchvision's import work
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
