@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from ..forest.recurrent import prepare_recurrent
 
 # %% ../../nbs/objectives/00_score.ipynb #302ef7af
 class Stats(NamedTuple):
@@ -100,7 +101,7 @@ class Scorer(nn.Module):
         entropy:bool=True, # compute the entropy of each prediction too
     ):
         super().__init__()
-        self.model, self.logits, self.entropy, self.finish = model, logits, entropy, None
+        self.model, self.logits, self.entropy, self.finish, self.looked = model, logits, entropy, None, False
         self.remembers = [m for m in model.modules() if hasattr(m, 'rope_deltas')]
         if self.head is None: raise ValueError(f'{type(model).__name__} has no output head: get_output_embeddings() returned None')
 
@@ -116,7 +117,9 @@ class Scorer(nn.Module):
         pack, # has `model_inputs()`, `source` [m] and `labels` [m]
     )->Stats: # one number of each kind a target
         for m in self.remembers: m.rope_deltas = None
-        with capture(self.head) as box: out = self.model(**{**pack.model_inputs(), 'use_cache': False, 'return_dict': True})
+        inputs = {**pack.model_inputs(), 'use_cache': False, 'return_dict': True}
+        if 'forest' in inputs and not self.looked: prepare_recurrent(self.model); self.looked = True
+        with capture(self.head) as box: out = self.model(**inputs)
         if box.hidden is None: raise ValueError(f'{type(self.model).__name__}: the forward pass never called its output head')
         if self.finish is None: self.finish = find_finish(self.config, box.raw, out.logits)
         hidden = box.hidden.reshape(-1, box.hidden.shape[-1])[pack.source]
