@@ -122,4 +122,4 @@ def prepare_recurrent(
         if family not in FAMILIES or not hook(family):
             raise ValueError(f'{type(m).__name__} ({name}): a recurrent layer that cannot run on trees; known are those of {", ".join(FAMILIES)}')
         kinds -= {'linear_attention'}
-    if kinds: raise ValueError(f'{type(model).__name__}: layers of kind {", ".join(sorted(kinds))} cannot run on trees; expected {", ".join(sorted(ATTENTION))}')
+    if kinds: raise ValueError(f"{type(model).__name__}: layers of kind {sorted(kinds)} cannot run on trees; expected {sorted(ATTENTION)}")
