@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['BACKENDS', 'HONOURED', 'HARMLESS', 'scores', 'attend', 'attend_backward', 'Backend', 'flash', 'flash_backward',
            'backend', 'walk', 'run_tiles', 'empty', 'run_tiles_backward', 'drain', 'drain_backward', 'forest_op',
-           'forest_backward_op', 'attention', 'read_mask', 'refuse', 'check_call', 'forest_attention', 'LateMask',
-           'forest_mask']
+           'forest_backward_op', 'attention', 'read_mask', 'refuse', 'check_call', 'stock_attention',
+           'forest_attention', 'LateMask', 'forest_mask']
 
 # %% ../../nbs/forest/02_attention.ipynb #4c39289e
+import sys
 from functools import partial
 from inspect import getclosurevars
 from typing import Callable, NamedTuple
@@ -237,6 +238,23 @@ def check_call(
     for name, value in kwargs.items():
         if value is not None and value is not False and name not in HONOURED | HARMLESS: refuse(module, f'the argument {name!r}')
 
+# %% ../../nbs/forest/02_attention.ipynb #8f22c6ed
+def stock_attention(
+    module, # the attention module
+    q:Tensor, # [batch, heads, n, d]
+    k:Tensor, # [batch, kv heads, m, d]
+    v:Tensor, # [batch, kv heads, m, dv]
+    mask:Tensor|None, # bool, [batch, 1, n, m]; None: causal, if the module is
+    causal:bool, # whether the module is
+    **kwargs, # whatever else the layer passes
+)->tuple[Tensor, Tensor|None]: # [batch, n, heads, dv], and weights or None
+    "What the layer would have run without us."
+    if not kwargs.get('softcap') and kwargs.get('s_aux') is None: return sdpa_attention_forward(module, q, k, v, mask, **kwargs)
+    n, m = q.shape[2], k.shape[2]
+    if mask is None and causal: mask = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)[None, None]
+    if mask is not None: mask = torch.where(mask, 0., torch.finfo(q.dtype).min).to(q.dtype)
+    return sys.modules[type(module).__module__].eager_attention_forward(module, q, k, v, mask, **kwargs)
+
 # %% ../../nbs/forest/02_attention.ipynb #b234da83
 def forest_attention(
     module, # the attention module
@@ -254,7 +272,7 @@ def forest_attention(
     causal = getattr(module, 'is_causal', True) if is_causal is None else is_causal
     if forest is None or not causal:
         if forest is not None and query.shape[2] == len(forest) != key.shape[2]: refuse(module, 'cross-attention')
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
+        return stock_attention(module, query, key, value, attention_mask, causal, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs)
     check_call(module, forest, query, key, attention_mask, dropout, kwargs)
     view = forest.view(**{'window': kwargs.get('sliding_window')} | getattr(attention_mask, 'says', {}))
     return attention(query, key, value, view, scaling, kwargs.get('softcap'), kwargs.get('s_aux')).transpose(1, 2), None

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FAMILIES', 'CONV', 'RULE', 'ATTENTION', 'parents', 'taps', 'tree_conv', 'tree_scan', 'hook_conv', 'hook_rule', 'hook',
-           'prepare_recurrent']
+           'recurrent_layers', 'prepare_recurrent']
 
 # %% ../../nbs/forest/03_recurrent.ipynb #572cbbee
 import inspect
@@ -108,16 +108,21 @@ def hook(
         if not hasattr(stock, 'on_trees'): setattr(module, name, make(stock)); getattr(module, name).on_trees = True
     return True
 
-# %% ../../nbs/forest/03_recurrent.ipynb #356ee04e
+# %% ../../nbs/forest/03_recurrent.ipynb #483b5745
 ATTENTION = {'full_attention', 'sliding_attention', 'chunked_attention'}        # kinds of layers that a plan takes care of
+
+def recurrent_layers(
+    model:nn.Module, # any
+)->dict[str, nn.Module]: # name -> layer
+    "Layers that keep a state: their forward takes `cache_params`."
+    return {n: m for n, m in model.named_modules() if 'cache_params' in inspect.signature(m.forward).parameters}
 
 def prepare_recurrent(
     model:nn.Module, # any
 ):
     "Hook the recurrent layers of a model, or refuse it by name."
     kinds = {*(getattr(model.config.get_text_config(), 'layer_types', None) or ())} - ATTENTION
-    for name, m in model.named_modules():
-        if 'cache_params' not in inspect.signature(m.forward).parameters: continue
+    for name, m in recurrent_layers(model).items():
         family = type(m).__module__.split('.')[-2]
         if family not in FAMILIES or not hook(family):
             raise ValueError(f'{type(m).__name__} ({name}): a recurrent layer that cannot run on trees; known are those of {", ".join(FAMILIES)}')

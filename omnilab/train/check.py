@@ -22,6 +22,7 @@ from ..engine.local import LocalEngine, evaluating, finish, turn_end
 from ..engine.protocol import to_request
 from ..forest.bins import Pack, collate
 from ..forest.encode import EncodeError, Encoder, conversation, encode, process, rope_positions, turns
+from ..forest.recurrent import recurrent_layers
 from ..forest.tree import Row, forest
 from ..metrics.tasks import html_table, text_table
 from ..models.load import capabilities
@@ -222,14 +223,15 @@ def check_forest(
     ref, ref_grads = separate(model, rows)
     other, other_grads = separate(model, rows, pad=5)
     logits, grads, head, _ = together(model, rows)
+    least = 4e-4 if recurrent_layers(model) else 1e-5                # where a node begins decides how the delta rule is cut into chunks
     noise, out = far(other, ref), [within('head is caught', 'head', head, 0.)]
     for name in dict.fromkeys(r.origin for r in rows):
         mine = [i for i, r in enumerate(rows) if r.origin == name]
-        out.append(within('logits: forest = rows', name, far([logits[i] for i in mine], [ref[i] for i in mine]), noise))
+        out.append(within('logits: forest = rows', name, far([logits[i] for i in mine], [ref[i] for i in mine]), noise, least))
     parts, others, got = (by_part(g, model) for g in (ref_grads, other_grads, grads))
     for g, d in parts.items():
         near = lambda x: far([x.get(g, {}).get(n, torch.zeros_like(v)) for n, v in d.items()], list(d.values()))
-        out.append(within('gradients: forest = rows', g, near(got), near(others)))
+        out.append(within('gradients: forest = rows', g, near(got), near(others), least))
     return out, noise
 
 # %% ../../nbs/train/07_check.ipynb #540e7d48
