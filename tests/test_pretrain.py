@@ -2,7 +2,8 @@
 import json, os, shutil, subprocess, sys
 import pytest
 
-SMALL = '--size.hidden 64 --size.layers 1 --size.vision 32 --size.vision_layers 1 --size.audio 32 --image_codes 64 --audio_codes 16 --warm 3 --score 1'
+SMALL = ('--size.hidden 64 --size.layers 1 --size.vision 32 --size.vision_layers 1 --size.audio 32 '
+         '--image_codes 64 --audio_codes 16 --warm 3 --polish.rounds 1 --polish.steps 2 --score 1')
 
 
 def pretrain(out, steps):
@@ -20,10 +21,10 @@ def test_from_an_empty_folder(tmp_path):
     rows = pretrain(out, 3)
     assert [r['step'] for r in rows] == [1, 2, 3]
     about = json.loads((out/'model'/'scores.json').read_text())
-    assert about['processes'] == 2 and about['steps'] == 3 and {'test', 'novel'} == {*about['scores']}
+    assert about['processes'] == 2 and about['steps'] == 3 + 2 and {'test', 'novel'} == {*about['scores']}
     assert (out/'model'/'model.safetensors').exists()
     weights = (out/'model'/'model.safetensors').read_bytes()
-    shutil.rmtree(out/'model'); shutil.rmtree(out/'checkpoints'/'step-000003', ignore_errors=True)
+    for name in ('model', 'model-0', 'polish-1', 'checkpoints/step-000003'): shutil.rmtree(out/name)
     again = pretrain(out, 3)                                              # from step 2
     assert [r['step'] for r in again] == [1, 2, 3] and again[2]['loss'] == rows[2]['loss']
     assert (out/'model'/'model.safetensors').read_bytes() == weights

@@ -64,10 +64,10 @@ def lessons(
     novel = World(seed + (21 if held_out else 20), 'novel')
     n = lambda train, test: max(1, round(share * (test if held_out else train)))
     out = [s for t, k in (('color', 300), ('count', 200), ('draw', 300)) for s in with_shade(world, t, n(k, 60))]
-    out += [world.sample(t, i) for t, k in (('read_digit', 600), ('draw_digit', 300)) for i in range(n(k, 100))]
+    out += [world.sample(t, i) for t, k in (('read_digit', 600), ('draw_digit', 500)) for i in range(n(k, 100))]
     new = [novel.sample(t, i) for t in NOVEL for i in range(n(60, 60))]
     out += [Sample(s.messages, s.meta | {'task': f'novel {s.meta["task"]}'}) for s in new]
-    return out + [world.sample(t, 10**5 + i) for t in DEFAULT_TASKS for i in range(n(80, 100))]
+    return out + [world.sample(t, 10**5 + i) for t in DEFAULT_TASKS for i in range(n(150, 100))]
 
 def new_task(
     task:str, # as in the table of scores
@@ -92,9 +92,9 @@ class DemoRecipe:
     "Fine-tune the shipped any-to-any model on something new, score it before and after, and write a report."
     output:str = opt(str(settings.paths.runs/'demo'), 'folder of the run, data and report; a finished demo in it is replaced')
     model:str = opt(settings.model.default, 'shipped checkpoint, local folder, or hub id')
-    epochs:Count = opt(6, 'times that every row is seen')
+    epochs:Count = opt(5, 'times that every row is seen')
     r:Count = opt(32, 'rank of the LoRA adapter')
-    rows:Share = opt(1., 'share of the demo\'s rows: 1 is about 3,400 to learn from and 2,400 to be scored on')
+    rows:Share = opt(1., 'share of the demo\'s rows: 1 is about 4,800 to learn from and 2,400 to be scored on')
     seed:Whole = opt(0, 'of rows, adapter and order')
 
 def sft_recipe(

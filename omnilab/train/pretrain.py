@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['GROUPS', 'SCENE', 'KNOWN', 'PACE', 'FREE', 'sentences', 'answers', 'make_processor', 'ceilings', 'Questions',
            'WorldPacks', 'SizeArgs', 'model_config', 'make_model', 'squares', 'contents', 'frame', 'spelled', 'watch',
-           'Reads', 'senses', 'warm_encoders', 'pretrain_defaults', 'PretrainRecipe', 'watched', 'once', 'start',
-           'pretrain', 'score', 'release', 'draw_release', 'main']
+           'Reads', 'senses', 'warm_encoders', 'pretrain_defaults', 'PolishArgs', 'PretrainRecipe', 'watched', 'once',
+           'first_stage', 'later_stage', 'stage', 'pretrain', 'score', 'keep', 'release', 'draw_release', 'main']
 
 # %% ../../nbs/train/08_pretrain.ipynb #692ebe47
-import json, os, shutil
+import json, os, shutil, time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -46,7 +47,7 @@ from ..settings import settings
 from .callbacks import MetricsFile, ModalityGap, Progress, TensorBoard, TokenDiversity
 from .checkpoint import Checkpoint, resume
 from .loop import Stream, accelerator, fits, optimizers, prepare, schedule, train
-from .recipe import Count, TrainArgs, command, opt, to_yaml
+from .recipe import Count, Share, Size, TrainArgs, Whole, command, opt, to_yaml
 
 # %% ../../nbs/train/08_pretrain.ipynb #352dd0b5
 def sentences(
@@ -295,18 +296,30 @@ def warm_encoders(
     return {k: float(v.detach()) for k, v in missed.items()}
 
 # %% ../../nbs/train/08_pretrain.ipynb #c7d87136
-PACE = {'*norm*': .5, '*embed_tokens*': 2.8, 'lm_head*': 1.1}      # factors on the learning rate
+PACE = {'*vision_*': .3, '*audio_*': .3, '*norm*': .5, '*embed_tokens*': 2.8, 'lm_head*': 1.1}      # factors on the learning rate
 
 def pretrain_defaults()->TrainArgs:
     "What the shipped checkpoint was trained with."
     return TrainArgs(steps=10000, packs=2, max_length=512, optimizer='muon', lr=.0036, lr_scale=dict(PACE), schedule='wsd', warmup=.01, decay=.4,
                      save_every=200, precision='no', device='cpu')
 
+# %% ../../nbs/train/08_pretrain.ipynb #fb90d884
+@dataclass
+class PolishArgs:
+    "The later stages: encoders move too."
+    rounds:Whole = opt(2, 'how many of them')
+    steps:Count = opt(2000, 'optimiser steps of each')
+    lr:Size = opt(.0015, 'peak learning rate')
+    decay:Share = opt(.8, 'share of the steps in which the rate falls')
+    groups:dict[str, float] = opt(dict(scene=.45, ocr=.31, tones=.04, synth=.05, draw=.06, keys=.03, clip=.06), 'share of each kind of group')
+    scene:dict[str, float] = opt(SCENE | dict(count=.5), 'share of each question on a scene')
+
 @dataclass
 class PretrainRecipe:
     "Train the embedded any-to-any model from scratch on the procedural world."
     size:SizeArgs = field(default_factory=SizeArgs)
     train:TrainArgs = field(default_factory=pretrain_defaults)
+    polish:PolishArgs = field(default_factory=PolishArgs)
     image_codes:Count = opt(2048, 'size of the image codebook')
     audio_codes:Count = opt(128, 'size of the audio codebook')
     warm:Count = opt(2500, 'steps in which the encoders learn to see before the rest joins in')
@@ -339,47 +352,74 @@ def once(
     acc.wait_for_everyone()
     return path
 
-# %% ../../nbs/train/08_pretrain.ipynb #c65811d1
-def start(
+# %% ../../nbs/train/08_pretrain.ipynb #17c7827b
+def first_stage(
     recipe:PretrainRecipe, # what to do
     out:Path, # folder of the run
-)->tuple[OmniProcessor, object]: # the processor, and the run: at its beginning
-    "Processor, model, stream and optimisers; words, codebooks and encoders are kept in the run's folder, for a run that goes on."
+    acc:Accelerator, # knows the process
+)->tuple[OmniProcessor, OmniForConditionalGeneration, WorldPacks]: # processor, model with frozen encoders, packs
+    "From nothing; words, codebooks and encoders are kept in the run's folder, for a run that goes on."
     t, world = recipe.train, World(recipe.train.seed)
-    acc = accelerator(t.precision, t.device, mixed=True)
     words = lambda path: make_processor(t.seed, recipe.image_codes, recipe.audio_codes).save_pretrained(path)
     processor = OmniProcessor.from_pretrained(once(acc, out/'processor', words))
     model = make_model(recipe.size, processor, t.seed)
     parts = nn.ModuleList(senses(model)).requires_grad_(False)
 
     def learn(path):
+        began = time.perf_counter()
         warm_encoders(model, (watch(world, processor, i) for i in range(recipe.warm)), recipe.warm, progress=True)
-        save_file(parts.state_dict(), path)
+        save_file(parts.state_dict(), path, {'seconds': f'{time.perf_counter() - began:.0f}'})
     parts.load_state_dict(load_file(once(acc, out/'encoders.safetensors', learn)))
-    packs = Stream(WorldPacks(Questions(world), processor, t.max_length))
-    opts = optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, t.lr_scale)
-    return processor, prepare(Scorer(model, entropy=False), opts, acc, data=packs,
-                              objective=sft_objective(processor, t.z_loss), size=size, steps=t.steps, packs=t.packs, clip=t.clip,
-                              schedule=schedule(t.schedule, t.steps, round(t.warmup * t.steps), t.decay))
+    return processor, model, WorldPacks(Questions(world), processor, t.max_length)
+
+def later_stage(
+    recipe:PretrainRecipe, # what to do
+    base:Path, # folder of the model so far
+    number:int, # of the stage, from 1
+)->tuple[OmniProcessor, OmniForConditionalGeneration, WorldPacks]: # processor, model, packs
+    "From the model so far, on questions that it has not seen."
+    m, p = load(base, dtype='float32', attn='forest'), recipe.polish
+    world = World(recipe.train.seed + number)
+    return m.processor, m.model, WorldPacks(Questions(world, groups=p.groups, scene=p.scene), m.processor, recipe.train.max_length)
+
+# %% ../../nbs/train/08_pretrain.ipynb #297fc93b
+def stage(
+    recipe:PretrainRecipe, # what to do
+    number:int, # of the stage; 0 is the first
+    callbacks:tuple=(), # more of them
+)->tuple: # the run at its end, and the processor
+    "Train one stage; killed at any moment, the same call goes on."
+    p, home = recipe.polish, Path(recipe.output)
+    t = replace(recipe.train, steps=p.steps, lr=p.lr, decay=p.decay, warmup=.05) if number else recipe.train
+    out = home/f'polish-{number}' if number else home
+    out.mkdir(parents=True, exist_ok=True)
+    acc = accelerator(t.precision, t.device, mixed=True)
+    processor, model, packs = later_stage(recipe, home/f'model-{number - 1}', number) if number else first_stage(recipe, out, acc)
+    run = prepare(Scorer(model, entropy=False), optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, t.lr_scale), acc, data=Stream(packs),
+                  objective=sft_objective(processor, t.z_loss), size=size, steps=t.steps, packs=t.packs, clip=t.clip,
+                  schedule=schedule(t.schedule, t.steps, round(t.warmup * t.steps), t.decay))
+    facts = asdict(recipe)
+    if recipe.resume: resume(run, out/'checkpoints', facts, FREE)
+    train(run, [ModalityGap(watched(recipe, processor), 50), TokenDiversity(50), Progress(t.max_length), MetricsFile(out/'metrics.jsonl'),
+                *([TensorBoard(out/'tensorboard')] if t.tracker == 'tensorboard' else []), *callbacks,
+                Checkpoint(out/'checkpoints', facts, t.save_every, t.keep)])
+    return run, processor
 
 # %% ../../nbs/train/08_pretrain.ipynb #ec23374e
 def pretrain(
     recipe:PretrainRecipe, # what to do
     callbacks:tuple=(), # more of them
 )->Path: # the folder of the model, with its scores
-    "Train, score and save; killed at any moment, the same call goes on."
-    out, t = Path(recipe.output), recipe.train
-    out.mkdir(parents=True, exist_ok=True)
+    "All stages, then scores; killed at any moment, the same call goes on."
+    out = Path(recipe.output)
     if not recipe.resume and int(os.environ.get('RANK', 0)) == 0:
-        for name in ('processor', 'checkpoints', 'tensorboard'): shutil.rmtree(out/name, ignore_errors=True)
+        old = [out/'processor', out/'checkpoints', out/'tensorboard', *out.glob('polish-*'), *out.glob('model-*')]
+        for folder in old: shutil.rmtree(folder, ignore_errors=True)
         (out/'encoders.safetensors').unlink(missing_ok=True)
-    processor, run = start(recipe, out)
-    (out/'recipe.yaml').write_text(to_yaml(recipe))
-    facts = asdict(recipe)
-    if recipe.resume: resume(run, out/'checkpoints', facts, FREE)
-    train(run, [ModalityGap(watched(recipe, processor), 50), TokenDiversity(50), Progress(t.max_length), MetricsFile(out/'metrics.jsonl'),
-                *([TensorBoard(out/'tensorboard')] if t.tracker == 'tensorboard' else []), *callbacks,
-                Checkpoint(out/'checkpoints', facts, t.save_every, t.keep)])
+    run, processor = stage(recipe, 0, callbacks)
+    for number in range(recipe.polish.rounds):
+        once(run.accelerator, out/f'model-{number}', lambda folder: keep(run.model, processor, folder))
+        run, processor = stage(recipe, number + 1, callbacks)
     if run.accelerator.is_main_process: release(run.model, processor, out/'model', recipe)
     run.accelerator.wait_for_everyone()
     return out/'model'
@@ -402,22 +442,32 @@ def score(
                           ceilings=ceilings(loaded.processor, split, seed, n))
     return out
 
-# %% ../../nbs/train/08_pretrain.ipynb #7b89a90c
+# %% ../../nbs/train/08_pretrain.ipynb #58035c79
+def keep(
+    model:OmniForConditionalGeneration, # trained
+    processor:OmniProcessor, # its processor
+    folder:Path, # to write
+)->Path: # the folder
+    "Save in bfloat16."
+    model.to(torch.bfloat16).save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
 def release(
     model:OmniForConditionalGeneration, # trained
     processor:OmniProcessor, # its processor
     folder:Path, # to write
     recipe:PretrainRecipe, # how it was made
 )->Path: # the folder
-    "Save in bfloat16, load again, score what was loaded, write the scores beside it."
-    model.to(torch.bfloat16).save_pretrained(folder)
-    processor.save_pretrained(folder)
-    shutil.copy(Path(recipe.output)/'recipe.yaml', folder/'recipe.yaml')
+    "Save, load again, score what was loaded, write the scores beside it."
+    keep(model, processor, folder)
+    (folder/'recipe.yaml').write_text(to_yaml(recipe))
     scores = score(load(folder, dtype='float32'), recipe.score)
-    seconds = sum(json.loads(line)['time']['seconds'] for line in (Path(recipe.output)/'metrics.jsonl').open())
+    steps = [json.loads(line) for f in folder.parent.rglob('metrics.jsonl') for line in f.open()]
+    with safe_open(folder.parent/'encoders.safetensors', 'pt') as f: warm = int(f.metadata()['seconds'])
     about = dict(command='python -m omnilab.train.pretrain', processes=int(os.environ.get('WORLD_SIZE', 1)), threads=torch.get_num_threads(),
-                 seed=recipe.train.seed, steps=recipe.train.steps,
-                 seconds=round(seconds), parameters=model.num_parameters(), torch=torch.__version__, scores=scores)
+                 seed=recipe.train.seed, steps=len(steps), seconds=round(sum(r['time']['seconds'] for r in steps)), encoder_seconds=warm,
+                 parameters=model.num_parameters(), torch=torch.__version__, scores=scores)
     (folder/'scores.json').write_text(json.dumps(about, indent=1) + '\n')
     return folder
 
