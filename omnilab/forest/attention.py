@@ -194,7 +194,7 @@ def attention(
 # %% ../../nbs/forest/02_attention.ipynb #16851f40
 def read_mask(
     f:Callable, # a mask function of transformers
-)->dict: # window, chunk, blocks, as `Plan.view` takes them; unknown: the name of a piece that was not understood
+)->dict: # window, chunk, blocks, bounded, as `Plan.view` takes them; unknown: the name of a piece that was not understood
     "What a mask function says, beyond causal."
     name, held = f.__qualname__.split('.')[0], getclosurevars(f).nonlocals
     if name in ('causal_mask_function', 'packed_sequence_mask_function'): return {}        # documents are the plan's business
@@ -205,7 +205,8 @@ def read_mask(
     parts = [read_mask(m) for m in held['mask_functions']]
     names = [m.__qualname__.split('.')[0] for m in held['mask_functions']]
     if name == 'or_masks' and (len(parts) != 2 or 'blocks' not in parts[1]): return {'unknown': ' or '.join(names)}
-    return {k: v for part in parts for k, v in part.items()}
+    says = {k: v for part in parts for k, v in part.items()}
+    return says | {'bounded': True} if name == 'and_masks' and 'window' in says and 'blocks' in says else says
 
 # %% ../../nbs/forest/02_attention.ipynb #a92cf456
 HONOURED = {'attention_mask', 'dropout', 'scaling', 'is_causal', 'sliding_window', 'softcap', 's_aux'}      # s_aux: sinks

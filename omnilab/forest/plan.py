@@ -125,12 +125,13 @@ class Plan:
         window:int|None=None, # keys that a query sees, itself included
         chunk:int|None=None, # a query sees keys of its own chunk of so many depths
         blocks:Tensor|None=None, # number of each token's block, [n]; tokens of one block see each other; -1: none
+        bounded:bool=False, # the window counts inside a block too
     )->'Plan': # the plan of such a layer
         "The same row as a layer with windows or blocks sees it."
         key = (window if window and window < self.longest else None, chunk if chunk and chunk < self.longest else None,
-               blocks.numpy().tobytes() if blocks is not None and (blocks >= 0).any() else None)
-        if key == (None, None, None): return self
-        if key not in self.views: self.views[key] = restrict(self, *key[:2], blocks if key[2] else None)
+               blocks.numpy().tobytes() if blocks is not None and (blocks >= 0).any() else None, bounded)
+        if key[:3] == (None, None, None): return self
+        if key not in self.views: self.views[key] = restrict(self, *key[:2], blocks if key[2] else None, bounded)
         return self.views[key]
 
 # %% ../../nbs/forest/01_plan.ipynb #9bd20e87
@@ -164,13 +165,16 @@ def restrict(
     window:int|None, # keys that a query sees, itself included
     chunk:int|None, # depths of a chunk
     blocks:Tensor|None, # number of each token's block, [n]; -1: none
+    bounded:bool=False, # the window counts inside a block too
 )->Plan: # see `Plan.view`
     "The plan of a layer that sees less, or more."
     end, depth, low, reach = p.rule.clone()
     if window: low = torch.maximum(low, depth - window + 1)
     if chunk: low = torch.maximum(low, depth // chunk * chunk)
     ends = [] if blocks is None else block_ends(blocks, p.nodes).tolist()
-    for a, b in ends: reach[a:b], low[a:b] = b - 1, low[a:b].clamp(max=depth[a])
+    for a, b in ends:
+        reach[a:b] = b - 1
+        if not bounded: low[a:b] = low[a:b].clamp(max=depth[a])
     d, l = depth.numpy(), low.numpy()
     tiles = [t for x in p.tiles.tolist() for t in narrow(tuple(x), d, l, p.call)] + [(a, b, a, b, BLOCK) for a, b in ends if b - a > 1]
     tiles = sorted(tiles, key=lambda t: t[4] not in (CAUSAL, MASKED))
