@@ -189,7 +189,6 @@ def llama4(t, **more):
         eoi_token_index=tok.eoi_token_id, image_token_index=tok.patch_token_id)), proc
 
 
-NAMES = 'get_rope_index takes the lengths of sounds and the seconds of clips under other names than the processor gives them'
 FAMILIES = {
     'Qwen2.5-VL': (qwen2_5_vl, ''),
     'Qwen3-VL': (qwen3_vl, ''),
@@ -199,15 +198,15 @@ FAMILIES = {
     'InternVL': (internvl, ''),
     'Idefics3': (idefics3, ''),
     'Qwen2-Audio': (qwen2_audio, ''),
-    'Qwen2.5-Omni, the thinker': (qwen2_5_omni, NAMES),
-    'Qwen3-Omni-MoE, the thinker': (qwen3_omni, NAMES),
+    'Qwen2.5-Omni, the thinker': (qwen2_5_omni, ''),
+    'Qwen3-Omni-MoE, the thinker': (qwen3_omni, ''),
     'Janus, understanding': (janus, 'its class gives images but its processor writes none; its generate drops the logits processor'),
-    'Qwen3.5': (qwen3_5, 'its class says that it takes text alone'),
-    'Llama 4, chunks': (llama4, 'its processor gives bfloat16 pixels to a model of any type'),
+    'Qwen3.5': (qwen3_5, ''),
+    'Llama 4, chunks': (llama4, ''),
 }
 REFUSED = {
-    'mllama': (mllama, {}, 'cross-attention', 'its cross-attention mask is taken for a medium; sizes clash'),
-    'Llama 4, longer than its scale': (llama4, dict(floor_scale=8), 'place in the row', 'no such check; bfloat16 pixels fail before it'),
+    'mllama': (mllama, {}, 'cross-attention', ''),
+    'Llama 4, longer than its scale': (llama4, dict(floor_scale=8), 'place in the row', ''),
 }
 
 

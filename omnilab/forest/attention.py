@@ -233,6 +233,8 @@ def check_call(
     "Refuse a call that the plan would compute wrongly."
     if q.shape[0] != 1 or q.shape[2] != k.shape[2] or q.shape[2] != len(plan):
         refuse(module, f'{q.shape[0]} × {q.shape[2]} queries and {k.shape[2]} keys for a plan of {len(plan)} tokens (one row, no padding, use_cache=False)')
+    if getattr(module, 'attn_temperature_tuning', False) and not getattr(module, 'use_rope', False) and len(plan) >= module.floor_scale:
+        refuse(module, f'scores scaled by the place in the row, from {module.floor_scale} tokens on')
     if dropout: refuse(module, f'attention dropout {dropout}; set attention_dropout=0')
     if isinstance(mask, LateMask) and 'unknown' in mask.says: refuse(module, f'the mask {mask.says["unknown"]!r}')
     if isinstance(mask, Tensor) and not isinstance(mask, LateMask) and not torch.compiler.is_compiling(): refuse(module, 'a mask of its own')

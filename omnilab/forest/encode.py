@@ -7,7 +7,7 @@ __all__ = ['EncodeError', 'turns', 'stop_ids', 'until_stop', 'continuation', 'Me
            'sort_outputs', 'rope_index', 'rope_positions', 'Encoder', 'check_shown', 'conversation', 'process',
            'last_in', 'prompt', 'longer', 'answer', 'turn', 'encode', 'encode_all', 'draw_positions']
 
-# %% ../../nbs/forest/04_encode.ipynb #3a297e41
+# %% ../../nbs/forest/04_encode.ipynb #946abeda
 import inspect
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from ..data.samples import Message, Part, Problem, Sample, to_messages
 from .tree import Row
 from tqdm.auto import tqdm
 
-# %% ../../nbs/forest/04_encode.ipynb #5379147e
+# %% ../../nbs/forest/04_encode.ipynb #d3c89190
 class EncodeError(ValueError):
     "A row that can't be encoded: where, what, and what was expected, in one line."
     def __init__(self, sample:Sample|None, message:str, field:str=''):
@@ -34,7 +34,7 @@ def turns(
     if 0 in out: raise EncodeError(sample, 'an answer to nothing; expected a system or user message first', 'messages[0]')
     return out
 
-# %% ../../nbs/forest/04_encode.ipynb #20cbc442
+# %% ../../nbs/forest/04_encode.ipynb #2988cd22
 def stop_ids(
     processor, # a processor or tokenizer
     model=None, # its model
@@ -44,7 +44,7 @@ def stop_ids(
     given = given if isinstance(given, (list, tuple)) else [given]
     return {i for i in [*given, getattr(processor, 'tokenizer', processor).eos_token_id] if i is not None}
 
-# %% ../../nbs/forest/04_encode.ipynb #44e74b1c
+# %% ../../nbs/forest/04_encode.ipynb #9403d124
 def until_stop(
     ids:list[int], # what the template adds for the answer
     stops:set[int], # tokens that end an answer
@@ -63,7 +63,7 @@ def until_stop(
     if not at: raise EncodeError(sample, 'the answer is empty, so that nothing but its end would be trained; expected some content')
     return ids[:at + 1]
 
-# %% ../../nbs/forest/04_encode.ipynb #2aecd403
+# %% ../../nbs/forest/04_encode.ipynb #45b885a2
 def continuation(
     prompt:str, # text of the prompt
     full:str, # text with the answer
@@ -78,7 +78,7 @@ def continuation(
     a, b = tokenize(prompt), tokenize(full)
     return b[len(a):] if b[:len(a)] == a else tokenize(full[len(prompt):], False)
 
-# %% ../../nbs/forest/04_encode.ipynb #dc72aaa9
+# %% ../../nbs/forest/04_encode.ipynb #c5dfaa6b
 @dataclass
 class Medium:
     "A decoded image, sound or clip."
@@ -99,7 +99,7 @@ def read_part(
     t, h, w = v.frames.shape[:3]
     return Medium(part, v.frames, key, dict(total_num_frames=t, fps=v.fps, duration=v.seconds, frames_indices=list(range(t)), height=h, width=w))
 
-# %% ../../nbs/forest/04_encode.ipynb #85a6265d
+# %% ../../nbs/forest/04_encode.ipynb #629955f3
 def placeholders(
     processor, # a processor or tokenizer
     model=None, # its model
@@ -109,7 +109,7 @@ def placeholders(
     found = [getattr(o, n, None) for o in (processor, getattr(model, 'config', None)) for n in names]
     return frozenset(i for i in found if isinstance(i, int))
 
-# %% ../../nbs/forest/04_encode.ipynb #d06c1d17
+# %% ../../nbs/forest/04_encode.ipynb #ae081914
 def sort_outputs(
     out:dict, # what the processor returned for one row
     sample:Sample, # for messages
@@ -123,9 +123,11 @@ def sort_outputs(
         v = torch.as_tensor(v)
         if v.shape == ids.shape and not v.is_floating_point(): extras[k] = v[0].long()
         else: media[k] = v
+    if 'cross_attention_mask' in media:
+        raise EncodeError(sample, 'the model reads its media by cross-attention, which no forest plan honours; expected media that stand among the tokens')
     return ids[0].tolist(), media, extras
 
-# %% ../../nbs/forest/04_encode.ipynb #30a1e5b4
+# %% ../../nbs/forest/04_encode.ipynb #9a2ed867
 def rope_index(
     model, # a model, or None
 ): # its own function for positions, or None
@@ -141,15 +143,20 @@ def rope_positions(
     ids:Tensor, # [n]
     media:dict[str, Tensor], # model inputs that hold media
     extras:dict[str, Tensor], # values by token, each [n]
+    prompt:int|None=None, # tokens of the prompt; what follows is text, whatever its ids say; None: all
 )->Tensor|None: # [p, n], or None: the depth
     "Positions as the model itself gives them."
     index = rope_index(model)
     if index is None or not media: return None
-    given = {**media, **{k: v[None] for k, v in extras.items()}, 'attention_mask': torch.ones(1, len(ids), dtype=torch.long)}
+    n = len(ids) if prompt is None else prompt
+    given = {**media, **{k: v[None, :n] for k, v in extras.items()}, 'attention_mask': torch.ones(1, n, dtype=torch.long)}
+    if 'feature_attention_mask' in media: given['audio_seqlens'] = media['feature_attention_mask'].sum(-1)      # models and processors differ in names
+    if 'video_second_per_grid' in media: given['second_per_grids'] = media['video_second_per_grid']
     wanted = inspect.signature(index).parameters
-    return index(ids[None], **{k: v for k, v in given.items() if k in wanted})[0][:, 0].long()
+    out = index(ids[None, :n], **{k: v for k, v in given.items() if k in wanted})[0][:, 0].long()
+    return torch.cat([out, out[:, -1:] + 1 + torch.arange(len(ids) - n)], 1)
 
-# %% ../../nbs/forest/04_encode.ipynb #10bb34a2
+# %% ../../nbs/forest/04_encode.ipynb #e5aae13b
 @dataclass
 class Encoder:
     "Samples to rows, for one processor and model."
@@ -185,7 +192,7 @@ class Encoder:
         if special is None: special = self.takes_media and not (bos and text.startswith(bos))       # as processors do
         return self.tokenizer(text, add_special_tokens=special).input_ids
 
-# %% ../../nbs/forest/04_encode.ipynb #8dfc2e43
+# %% ../../nbs/forest/04_encode.ipynb #c56555d5
 def check_shown(
     enc:Encoder, # with its processor
     chat:list[dict], # the conversation, content as lists of parts
@@ -198,7 +205,7 @@ def check_shown(
             raise EncodeError(sample, f'{kind} in a message of role {role!r}: the chat template leaves it out; expected a model that takes it')
         enc._shown.add((role, kind))
 
-# %% ../../nbs/forest/04_encode.ipynb #fc08f9b9
+# %% ../../nbs/forest/04_encode.ipynb #0e06245c
 def conversation(
     enc:Encoder, # with its processor
     sample:Sample, # a conversation
@@ -214,7 +221,7 @@ def conversation(
         chat = [{**m, 'content': ''.join(p['text'] for p in m['content'])} for m in chat]
     return chat, [d for m in sample.messages[:k] for p in m.parts if (d := enc.read(p))]
 
-# %% ../../nbs/forest/04_encode.ipynb #78e06a1c
+# %% ../../nbs/forest/04_encode.ipynb #3968228c
 def process(
     enc:Encoder, # with its processor
     chat:list[dict], # the conversation before the answer
@@ -227,9 +234,11 @@ def process(
     ids, tensors, extras = sort_outputs(enc.render(chat, True, tokenize=True, return_dict=True, return_tensors='pt', **options), sample)
     if media and not tensors:
         raise EncodeError(sample, f'{type(enc.processor).__name__} made nothing of {len(media)} media; expected a processor that takes them')
+    if dtype := getattr(enc.model, 'dtype', None):         # some processors insist on bfloat16, whatever the model is; times and the like stay exact
+        tensors = {k: v.to(dtype) if v.is_floating_point() and v.dim() > 1 else v for k, v in tensors.items()}
     return ids, tensors, extras
 
-# %% ../../nbs/forest/04_encode.ipynb #2778351e
+# %% ../../nbs/forest/04_encode.ipynb #21989d6e
 def last_in(ids:list[int], found:frozenset[int])->int: # one past the last id that is in `found`; 0 if none
     return max((i + 1 for i, t in enumerate(ids) if t in found), default=0)
 
@@ -254,7 +263,7 @@ def prompt(
 
 def longer(v:Tensor, n:int)->Tensor: return torch.cat([v, v.new_zeros(n)])   # values of n more tokens of text: 0
 
-# %% ../../nbs/forest/04_encode.ipynb #def6924f
+# %% ../../nbs/forest/04_encode.ipynb #f1d77093
 def answer(
     enc:Encoder, # with its processor
     sample:Sample, # a conversation
@@ -272,7 +281,7 @@ def answer(
         if tensors: raise EncodeError(sample, f'{type(enc.processor).__name__} reads media but writes none; expected an answer of text')
     return until_stop(ids, enc.stops, enc.tokenizer, sample)
 
-# %% ../../nbs/forest/04_encode.ipynb #33a870c8
+# %% ../../nbs/forest/04_encode.ipynb #aee4fe96
 def turn(
     enc:Encoder, # with its processor
     sample:Sample, # a conversation
@@ -283,9 +292,9 @@ def turn(
     new, n = answer(enc, sample, k, text), len(ids)
     ids, extras = torch.tensor(ids + new), {name: longer(v, len(new)) for name, v in extras.items()}
     end = last_in(ids[:n].tolist(), enc.placeholders) or n if media else 0
-    return Row(ids, torch.arange(len(ids)) >= n, media, keys, end, rope_positions(enc.model, ids, media, extras), extras, sample)
+    return Row(ids, torch.arange(len(ids)) >= n, media, keys, end, rope_positions(enc.model, ids, media, extras, n), extras, sample)
 
-# %% ../../nbs/forest/04_encode.ipynb #b4177699
+# %% ../../nbs/forest/04_encode.ipynb #b044318a
 def encode(
     sample:Sample, # a conversation
     processor, # a processor or tokenizer with a chat template, or an `Encoder`
@@ -299,7 +308,7 @@ def encode(
         except Exception as e: raise EncodeError(sample, f'{type(e).__name__}: {e}', f'messages[{k}]') from e
     return out
 
-# %% ../../nbs/forest/04_encode.ipynb #c71c3770
+# %% ../../nbs/forest/04_encode.ipynb #d33f32dd
 def encode_all(
     samples, # samples, an iterable
     processor, # a processor or tokenizer with a chat template
@@ -317,7 +326,7 @@ def encode_all(
             problems.append(e.problem)
     return rows, problems
 
-# %% ../../nbs/forest/04_encode.ipynb #a93b559b
+# %% ../../nbs/forest/04_encode.ipynb #1be7149e
 def draw_positions(
     row:Row, # with positions of its own, or none
     ax, # matplotlib axes

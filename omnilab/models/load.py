@@ -46,7 +46,8 @@ def capabilities(
     base = model.get_base_model() if hasattr(model, 'get_base_model') else model
     as_tuple = lambda x: tuple(sorted({x} if isinstance(x, str) else set(x or ()) | {'text'}, key=('text', 'image', 'video', 'audio').index))
     known = lambda x: [m for m in ([x] if isinstance(x, str) else x or ()) if m in ('text', 'image', 'video', 'audio')]
-    return {'in': as_tuple(known(getattr(base, 'input_modalities', None))), 'out': as_tuple(known(getattr(base, 'output_modalities', None)))}
+    has = [m for m in ('image', 'video', 'audio') if hasattr(base, f'get_{m}_features')]       # some classes declare text alone
+    return {'in': as_tuple([*known(getattr(base, 'input_modalities', None)), *has]), 'out': as_tuple(known(getattr(base, 'output_modalities', None)))}
 
 # %% ../../nbs/models/04_load.ipynb #110308bf
 @dataclass

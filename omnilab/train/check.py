@@ -259,7 +259,7 @@ def continued(
     n = int((~row.target).sum())
     ids = torch.cat([row.ids[:n], torch.tensor(new)])
     extras = {k: torch.cat([v[:n], v.new_zeros(len(new))]) for k, v in row.extras.items()}
-    positions = rope_positions(enc.model, ids, row.media, extras)
+    positions = rope_positions(enc.model, ids, row.media, extras, n)
     return replace(row, ids=ids, target=torch.arange(len(ids)) >= n, extras=extras, positions=positions)
 
 def together_logits(model:nn.Module, rows:list[Row])->list[Tensor]: # at the sources of each row, [m, vocabulary]
