@@ -160,6 +160,7 @@ def block_ends(
         if m != n: raise ValueError(f'tokens {a} to {b - 1} see each other both ways, but rows part among them; expected a block inside one node')
     return ends
 
+# %% ../../nbs/forest/01_plan.ipynb #0b715791
 def restrict(
     p:Plan, # of layers that see all
     window:int|None, # keys that a query sees, itself included

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+# %% ../../nbs/train/08_pretrain.ipynb #de742d1c
 import omnilab.forest.attention  # registers the attention named 'forest'
 from ..data.samples import Sample
 from ..data.world.judges import JUDGES
