@@ -140,13 +140,14 @@ def save_video(
     video:Video, # a clip with even sides
     path:str|Path, # .mp4: H.264, 4:2:0; sound as AAC
 ):
-    "Write a clip."
+    "Write a clip: equal clips give equal files in every process."
     import av
     h, w = video.frames.shape[1:3]
     if Path(path).suffix.lower() != '.mp4': raise refuse(path, 'an unknown ending', '.mp4')
     if h % 2 or w % 2: raise refuse(path, f'frames of {w}×{h}', 'even sides')
     with av.open(str(path), 'w') as c:
-        s = c.add_stream('libx264', rate=Fraction(video.fps).limit_denominator(1001), options={'crf': '10'})
+        exact = {'crf': '10', 'x264-params': 'cpu-independent=1'} # x264's fastest kernels read past their rows: bytes would change from run to run
+        s = c.add_stream('libx264', rate=Fraction(video.fps).limit_denominator(1001), options=exact)
         s.width, s.height, s.pix_fmt, s.codec_context.thread_count = w, h, 'yuv420p', 1
         a = video.audio and c.add_stream('aac', rate=video.audio.rate, layout='mono')
         for f in video.frames: c.mux(s.encode(av.VideoFrame.from_ndarray(f, format='rgb24')))
