@@ -178,6 +178,7 @@ def model_config(
     return OmniConfig(text, vision, audio_width=size.audio, image_token_id=of('<|image|>'), video_token_id=of('<|video|>'),
                       audio_token_id=of('<|audio|>'), pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, bos_token_id=None)
 
+# %% ../../nbs/train/08_pretrain.ipynb #8d3a2e89
 def make_model(
     size:SizeArgs, # how large
     processor:OmniProcessor, # whose vocabulary it speaks

@@ -89,6 +89,7 @@ class Word:
         return [(self.x - left + (a + b) / 2, self.y + (bottom - top) / 2) for a, b in zip(at, at[1:])]
     def _repr_png_(self): return self.image.resize((192, 192), Image.NEAREST)._repr_png_()
 
+# %% ../../../nbs/data/world/01_text.ipynb #fdc9fc4f
 def sample_written(
     rng, # numpy Generator
     split:str='train', # train, test or novel
