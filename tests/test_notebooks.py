@@ -17,4 +17,5 @@ def test_notebook(path, request, record_property, tmp_path):
     env = {'OMNILAB_PATHS_RUNS': str(tmp_path), 'HF_HUB_OFFLINE': '0' if 'network' in asked else '1'}
     done, cpu = run(['-c', CODE, path, skip, 3600 if asked else 300], **env)
     record_property('cpu', round(cpu, 1))
-    assert done.returncode == 0, f'{name(path)}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}'
+    ran = done.returncode == 0
+    assert ran, f'{name(path)}\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}'

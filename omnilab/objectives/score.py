@@ -122,7 +122,7 @@ class Scorer(nn.Module):
         with capture(self.head) as box: out = self.model(**inputs)
         if box.hidden is None: raise ValueError(f'{type(self.model).__name__}: the forward pass never called its output head')
         if self.finish is None: self.finish = find_finish(self.config, box.raw, out.logits)
-        hidden = box.hidden.reshape(-1, box.hidden.shape[-1])[pack.source]
+        hidden = box.hidden.reshape(-1, box.hidden.shape[-1]).index_select(0, pack.source)   # [pack.source] would add up its gradients in any order
         return score_chunks(self.score, hidden, pack.labels, max(1, self.logits // box.raw.shape[-1]))
 
     def score(self,

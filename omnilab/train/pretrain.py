@@ -294,6 +294,7 @@ def warm_encoders(
         adam.zero_grad(); sum(missed.values()).backward()
         nn.utils.clip_grad_norm_(params, 1.); adam.step()
         if i % 20 == 19: bar.set_postfix({k: f'{float(v.detach()):.3f}' for k, v in missed.items()})
+    adam.zero_grad()                                        # what is left would count in the first stage's gradient norm
     for m in senses(model): m.requires_grad_(False)
     return {k: float(v.detach()) for k, v in missed.items()}
 
