@@ -685,6 +685,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                              'omnilab.lab.evaluate': ('lab.html#evaluate', 'omnilab/lab.py'),
                              'omnilab.lab.keep_rows': ('lab.html#keep_rows', 'omnilab/lab.py'),
                              'omnilab.lab.launch_line': ('lab.html#launch_line', 'omnilab/lab.py'),
+                             'omnilab.lab.link': ('lab.html#link', 'omnilab/lab.py'),
                              'omnilab.lab.live': ('lab.html#live', 'omnilab/lab.py'),
                              'omnilab.lab.load': ('lab.html#load', 'omnilab/lab.py'),
                              'omnilab.lab.pack': ('lab.html#pack', 'omnilab/lab.py'),

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'Answer', 'draw_answer', 'conversation', 'Model', 'load', 'Rows', 'read', 'token_kinds', 'rows_through',
-           'runs', 'draw_packs', 'Packs', 'pack', 'Run', 'launch_line', 'attach', 'entries', 'keep_rows', 'run_name',
-           'plan', 'sft', 'live', 'LiveCurves', 'evaluate', 'compare']
+           'runs', 'draw_packs', 'Packs', 'pack', 'link', 'Run', 'launch_line', 'attach', 'entries', 'keep_rows',
+           'run_name', 'plan', 'sft', 'live', 'LiveCurves', 'evaluate', 'compare']
 
 # %% ../nbs/30_lab.ipynb #e7ebede7
-import hashlib, json, shlex
+import hashlib, json, os, shlex
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -239,6 +239,15 @@ def pack(
     how = dict(getattr(samples, 'recipe', {}), max_length=max_length, merge=merge, on_error=on_error)
     return Packs(read_packs(samples, m.loaded, r), samples, m, how)
 
+# %% ../nbs/30_lab.ipynb #68798ee8
+def link(
+    path:Path, # a file
+)->str: # HTML
+    "A link for a notebook's output."
+    full = Path(path).resolve()
+    if not any(full.is_relative_to(Path(home).resolve()) for home in (Path.cwd(), settings.paths.runs)): return f'<code>{escape(str(path))}</code>'
+    return f'<a href="{escape(os.path.relpath(full))}">{escape(full.name)}</a>'
+
 # %% ../nbs/30_lab.ipynb #dd5d760c
 @dataclass(eq=False)
 class Run:
@@ -270,7 +279,7 @@ class Run:
     def _repr_html_(self):
         from omnilab.train.report import svg
         curves = svg(lambda: self.draw()) if self.metrics else ''
-        return f'<b>{escape(repr(self))}</b> · <a href="{escape(str(self.report))}">report</a>{curves}'
+        return f'<b>{escape(repr(self))}</b> · {link(self.report)}{curves}'
 
 # %% ../nbs/30_lab.ipynb #ce9a896a
 def launch_line(
