@@ -12,6 +12,7 @@ __all__ = ['GROUPS', 'SCENE', 'KNOWN', 'PACE', 'FREE', 'sentences', 'answers', '
 import json, os, shutil, time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -35,6 +36,7 @@ from ..data.world.tasks import DEFAULT_TASKS, TASKS, World
 from ..data.world.text import LETTERS, Word
 from ..engine.local import LocalEngine
 from ..forest.bins import Pack, collate
+from ..forest.dummy import complete, dummies
 from ..forest.encode import Encoder, encode
 from ..forest.tree import Tree, forest
 from ..metrics.tasks import evaluate
@@ -396,14 +398,16 @@ def stage(
     t = replace(recipe.train, steps=p.steps, lr=p.lr, decay=p.decay, warmup=.05) if number else recipe.train
     out = home/f'polish-{number}' if number else home
     out.mkdir(parents=True, exist_ok=True)
-    acc = accelerator(t.precision, t.device, mixed=True)
+    acc = accelerator(t.precision, t.device)
     processor, model, packs = later_stage(recipe, home/f'model-{number - 1}', number) if number else first_stage(recipe, out, acc)
-    run = prepare(Scorer(model, entropy=False), optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, t.lr_scale), acc, data=Stream(packs),
-                  objective=sft_objective(processor, t.z_loss), size=size, steps=t.steps, packs=t.packs, clip=t.clip,
-                  schedule=schedule(t.schedule, t.steps, round(t.warmup * t.steps), t.decay))
+    held_out = watched(recipe, processor)
+    whole = partial(complete, dummies=dummies([held_out], packs.encoder))
+    run = prepare(Scorer(model, entropy=False), optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, t.lr_scale), acc,
+                  [held_out], complete=whole, data=Stream(packs), objective=sft_objective(processor, t.z_loss), size=size, steps=t.steps, packs=t.packs,
+                  clip=t.clip, schedule=schedule(t.schedule, t.steps, round(t.warmup * t.steps), t.decay))
     facts = asdict(recipe)
     if recipe.resume: resume(run, out/'checkpoints', facts, FREE)
-    train(run, [ModalityGap(watched(recipe, processor), 50), TokenDiversity(50), Progress(t.max_length), MetricsFile(out/'metrics.jsonl'),
+    train(run, [ModalityGap(held_out, 50), TokenDiversity(50), Progress(t.max_length), MetricsFile(out/'metrics.jsonl'),
                 *([TensorBoard(out/'tensorboard')] if t.tracker == 'tensorboard' else []), *callbacks,
                 Checkpoint(out/'checkpoints', facts, t.save_every, t.keep)])
     return run, processor

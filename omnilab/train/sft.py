@@ -11,6 +11,7 @@ __all__ = ['check', 'load_model', 'part_of', 'trainable', 'read_packs', 'fingerp
 import hashlib, resource, shutil, sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from .recipe import FREE, RecipeError, SFTRecipe, command, to_yaml
@@ -125,19 +126,22 @@ def prepare_run(
 ): # train.loop.Run, ready for `train`
     "Model, optimisers, schedule and data as the loop wants them."
     from accelerate.utils import set_seed
+    from omnilab.forest.dummy import complete, dummies
+    from omnilab.forest.encode import Encoder
     from omnilab.objectives.score import Scorer
     from omnilab.objectives.sft import sft_objective, size
-    from omnilab.train.callbacks import modalities
     from omnilab.train.loop import Epochs, accelerator, optimizers, prepare, schedule
     t = recipe.train
     set_seed(t.seed)
     model, data = trainable(loaded.model, recipe), Epochs(packs, t.seed)
     steps = t.steps or data.steps(t.packs, t.epochs)
     opts = optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, t.lr_scale, part_of(model))
-    acc = accelerator(t.precision, t.device, mixed=len({tuple(modalities(p)) for p in packs}) > 1)
+    acc, trees = accelerator(t.precision, t.device), dummies(packs, Encoder(loaded.processor, loaded.model))
     set_seed(t.seed, device_specific=True)
     factor = schedule(t.schedule, steps, round(t.warmup * steps), t.decay)
-    return prepare(Scorer(model), opts, acc, data=data, objective=sft_objective(loaded.processor, t.z_loss), size=size,
+    whole = partial(complete, dummies=trees)
+    probes = map(whole, {frozenset(p.media): p for p in packs}.values())        # one of each kind, completed
+    return prepare(Scorer(model), opts, acc, probes, complete=whole, data=data, objective=sft_objective(loaded.processor, t.z_loss), size=size,
                    schedule=factor, steps=steps, packs=t.packs, clip=t.clip)
 
 # %% ../../nbs/train/05_sft.ipynb #1957c774
