@@ -126,7 +126,8 @@ def flash_runs(
     cap:float|None, # soft cap of the scores
 )->bool:
     "Can flash attention's variable-length kernels run this layer?"
-    return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] == v.shape[-1] <= 256 and not cap and plain(plan.rule)
+    d = q.shape[-1]
+    return q.dtype in (torch.float16, torch.bfloat16) and d == v.shape[-1] <= 256 and d % 8 == 0 and not cap and plain(plan.rule)
 
 # %% ../../nbs/forest/03_operator.ipynb #c82fcf10
 def attention(
