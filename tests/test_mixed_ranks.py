@@ -61,18 +61,23 @@ def trained(family, frozen):
     return {'losses': rows, 'weights': {n: p.detach().clone() for n, p in run.model.named_parameters() if p.requires_grad}, 'looks': looks}
 
 
-def sharded(family):
+def sharded(family, lora=False):
     "Largest relative difference of FSDP2's gradients from those of a whole copy: each process its own kind of pack, blocks of all parts sharded."
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
     from omnilab.forest.dummy import complete, dummies
     from omnilab.objectives.score import Scorer
+    from omnilab.tune.adapters import adapt
     model, enc, packs = make(family)
     trees = dummies(packs, enc)
+    if lora:                                    # the head too; its second factors start at zero, where the first would learn nothing
+        model = adapt(model, 'lora', 4, 8, 0., ['language', 'head'], (), 0)
+        for n, p in model.named_parameters():
+            if 'lora_B' in n: torch.nn.init.normal_(p, 0, .1, generator=torch.Generator().manual_seed(1))
     whole, parts, mine = Scorer(copy.deepcopy(model)), Scorer(model), [complete(p, trees) for p in packs[:2]]
     mesh = init_device_mesh('cpu', (dist.get_world_size(),))
-    units = [m for m in model.modules() if type(m).__name__ in model._no_split_modules]         # as Accelerate chooses them
+    units = [m for m in model.modules() if type(m).__name__ in parts._no_split_modules]         # as Accelerate chooses them
     for m in reversed(units): fully_shard(m, mesh=mesh)                                        # those inside others first
     fully_shard(parts, mesh=mesh)
     parts(mine[dist.get_rank()]).logp.sum().backward()
@@ -85,7 +90,7 @@ def sharded(family):
 
 def worker(out):
     result = {f'{f} {"frozen" if z else "all"}': trained(f, z) for f in FAMILIES for z in (False, True)}
-    if int(os.environ['WORLD_SIZE']) > 1: result['sharded'] = {f: sharded(f) for f in FAMILIES}
+    if int(os.environ['WORLD_SIZE']) > 1: result['sharded'] = {f'{f} {"lora" if z else "all"}': sharded(f, z) for f in FAMILIES for z in (False, True)}
     if int(os.environ['RANK']) == 0: torch.save(result, out)
 
 
@@ -111,9 +116,10 @@ def test_as_one_process(results, family, what):
     for n, w in one['weights'].items(): torch.testing.assert_close(two['weights'][n], w, atol=2e-4, rtol=1e-3, msg=lambda m, n=n: f'{n}: {m}')
 
 
+@pytest.mark.parametrize('what', ['all', 'lora'])
 @pytest.mark.parametrize('family', FAMILIES)
-def test_sharded(results, family):
-    gap, units = results[1]['sharded'][family]
+def test_sharded(results, family, what):
+    gap, units = results[1]['sharded'][f'{family} {what}']
     assert units > 1 and gap < 1e-4
 
 
