@@ -6,9 +6,11 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention as sdpa
 
+import omnilab.forest.attention       # registers it
 from omnilab.data.media import Audio, Video
 from omnilab.data.samples import Message, Part, Sample
-from omnilab.forest.attention import BACKENDS, attention, run_tiles, run_tiles_backward
+from omnilab.forest.kernels import BACKENDS
+from omnilab.forest.operator import attention, run_tiles, run_tiles_backward
 from omnilab.forest.bins import bins, collate, pack
 from omnilab.forest.encode import Encoder, encode, encode_all
 from omnilab.forest.plan import plan
