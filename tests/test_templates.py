@@ -28,7 +28,7 @@ STOPS = {   # at which the family's generation configuration ends an answer; the
     'gptoss': ['<|return|>', '<|call|>'], 'idefics3': ['<end_of_utterance>'], 'smolvlm': ['<end_of_utterance>'], 'llama3': ['<|eot_id|>', '<|eom_id|>'],
     'lfm2': ['<|im_end|>'], 'llava_next': ['</s>'], 'muse_glimmer': ['<|eot|>'], 'nemotron': ['<|im_end|>'], 'phi3': ['<|endoftext|>', '<|end|>'],
     'qwen': ['<|im_end|>', '<|endoftext|>']}
-LISTS = 'idefics3', 'llava_next', 'smolvlm', 'qwen2_5_vl', 'qwen3_vl', 'lfm2_2_5_vl', 'gemma3', 'diffusion_gemma', 'gemma4'  # of processors: content is a list of parts
+LISTS = 'idefics3', 'llava_next', 'smolvlm', 'qwen2_5_vl', 'qwen3_vl', 'lfm2_2_5_vl', 'gemma3', 'diffusion_gemma', 'gemma4'     # content is a list of parts
 
 
 def of(table, name): return next((table[k] for k in sorted(table, key=len, reverse=True) if name.startswith(k)), None)
@@ -90,7 +90,7 @@ def row(name):
 # --- the reference: transformers' own rendering, and string surgery
 
 WORD = {'gptoss': 'thinking', 'lfm2_2_5': 'thinking'}                       # the template's word for reasoning_content
-OPENS = {('glm4moe', True): '<|observation|>', ('glm4moe', False): '<|user|>'}     # templates whose answer ends where the next message begins, after a call or not
+OPENS = {('glm4moe', True): '<|observation|>', ('glm4moe', False): '<|user|>'}     # an answer that ends where the next message begins, after a call or not
 
 
 def spoken(name, messages):
@@ -120,7 +120,8 @@ def expected(name, processor, tok, messages, told, k):
 
 # --- what is refused, and why
 
-REASONS = {'thoughts': "leaves out 'be polite' of the reasoning_content", 'tools': 'tools: the chat template leaves them out', 'switch': 'enable_thinking: the chat template leaves it out',
+REASONS = {'thoughts': "leaves out 'be polite' of the reasoning_content", 'tools': 'tools: the chat template leaves them out',
+           'switch': 'enable_thinking: the chat template leaves it out',
            'calls': "tool_calls in a message of role 'assistant': the chat template leaves them out", 'prompt': 'the generation prompt goes on with',
            'form': 'the chat template refuses these messages'}
 NO_TOOLS = {'tools': 'tools', 'result': 'calls', 'given': 'calls'}
