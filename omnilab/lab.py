@@ -230,13 +230,14 @@ def pack(
     m:Model, # whose processor and template render them
     max_length:int=2048, # tokens of a pack
     merge:bool=True, # rows that begin alike share what they share
+    turns:str='all', # 'last': of each conversation, the answers behind its last question
     on_error:str='raise', # 'skip': rows that can't be encoded or are too long are listed in `.problems`
 )->Packs:
     "Render, merge and pack rows."
     from omnilab.train.sft import read_packs
-    r = SFTRecipe()
-    r.train.max_length, r.data.merge, r.data.on_error = max_length, merge, on_error
-    how = dict(getattr(samples, 'recipe', {}), max_length=max_length, merge=merge, on_error=on_error)
+    told = dict(merge=merge, turns=turns, on_error=on_error)
+    r = build(SFTRecipe, [Entry('train.max_length', max_length, 'pack'), *(Entry(f'data.{k}', v, 'pack') for k, v in told.items())])
+    how = dict(getattr(samples, 'recipe', {}), max_length=max_length, **told)
     return Packs(read_packs(samples, m.loaded, r), samples, m, how)
 
 # %% ../nbs/30_lab.ipynb #68798ee8
@@ -341,7 +342,7 @@ def plan(
 )->SFTRecipe: # whole, but for the rows
     "The recipe of a run that a notebook describes."
     set_ = dict(name=m.name, dtype=m.recipe['dtype'], kind=adapter or 'none', max_length=p.recipe['max_length'], merge=p.recipe['merge'],
-                on_error=p.recipe['on_error'], device=m.recipe['device'])
+                turns=p.recipe['turns'], on_error=p.recipe['on_error'], device=m.recipe['device'])
     if m.recipe['adapter']: raise ValueError(f'sft: {m.name} with the adapter {m.recipe["adapter"]}; expected a plain model (merge it first)')
     recipe = build(SFTRecipe, entries(set_ | given))
     recipe.output = str(output or settings.paths.runs/run_name(recipe, p.packs))

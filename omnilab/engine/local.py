@@ -33,7 +33,7 @@ def read(
     encoder:Encoder, # with the model's processor
 )->Prompt: # its tensors, of one row
     "The prompt of a conversation, as in training."
-    _, ids, media, extras, _ = encode_prompt(encoder, Sample(request.messages), len(request.messages))
+    _, ids, media, extras, _ = encode_prompt(encoder, Sample(request.messages, template=request.template), len(request.messages))
     return Prompt(torch.tensor(ids), extras, media)
 
 # %% ../../nbs/engine/01_local.ipynb #7b5a34d9

@@ -33,6 +33,7 @@ class Request:
     stop:tuple = () # texts of further tokens that end the answer, each a single token of the vocabulary
     meta:dict = field(default_factory=dict) # anything the caller wants to find again
     origin:str = '' # 'file:line' of the row it came from, for messages
+    template:dict = field(default_factory=dict) # what the chat template takes beside the messages: tools, enable_thinking …
 
     def __post_init__(self):
         object.__setattr__(self, 'messages', tuple(self.messages))
@@ -50,7 +51,7 @@ def to_request(
 )->Request: # what the model is asked
     "The conversation up to its last assistant message."
     last = max((i for i, m in enumerate(sample.messages) if m.role == 'assistant'), default=len(sample.messages))
-    return Request(sample.messages[:last], **{'meta': sample.meta, 'origin': sample.origin, **how})
+    return Request(sample.messages[:last], **{'meta': sample.meta, 'origin': sample.origin, 'template': sample.template, **how})
 
 # %% ../../nbs/engine/00_protocol.ipynb #03f29e7f
 @dataclass

@@ -47,6 +47,7 @@ class DataArgs:
     train:str = opt('', 'file of rows (JSONL or JSON) to learn from')
     test:str = opt('', 'file of held-out rows; scored by loss and by generation')
     on_error:Literal['raise', 'skip'] = opt('raise', "a row that can't be read: end the run, or skip and list it")
+    turns:Literal['all', 'last'] = opt('all', "the assistant's turns that are learned; last: those behind the last question. A message's `loss` overrides")
     merge:bool = opt(True, 'rows that begin alike (one image, many questions) share what they share')
     eval_rows:Whole = opt(64, 'held-out rows that are answered at each evaluation; 0: all')
     max_new_tokens:Count = opt(256, 'tokens of an answer at most')

@@ -69,7 +69,7 @@ def read_packs(
     from omnilab.forest.bins import pack
     from omnilab.forest.encode import encode_all
     from omnilab.forest.tree import forest
-    rows, problems = encode_all(samples, loaded.processor, loaded.model, recipe.data.on_error)
+    rows, problems = encode_all(samples, loaded.processor, loaded.model, recipe.data.on_error, turns=recipe.data.turns)
     packs = pack(forest(rows, recipe.data.merge, max_length=recipe.train.max_length), recipe.train.max_length, recipe.data.on_error)
     packs.problems[:0] = [*getattr(samples, 'problems', ()), *problems]
     return packs
