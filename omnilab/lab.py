@@ -168,11 +168,8 @@ def rows_through(
 ): # in how many rows each token is, [n]
     "How often each token of a pack is shared."
     import torch
-    out, start = torch.zeros(len(pack), dtype=torch.long), 0
-    for t in pack.trees:
-        for i in range(len(t.rows)): out[start + t.path(i)] += 1
-        start += len(t)
-    return out
+    from omnilab.forest import inspect
+    return torch.cat([inspect.rows_through(t) for t in pack.trees])
 
 # %% ../nbs/30_lab.ipynb #d3b7976b
 def runs(

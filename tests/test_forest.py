@@ -1,24 +1,21 @@
-"The forest against definitions that share no line with it: random tries, random plans, and a model that reads and writes every modality."
+"The forest at work: compiled, in bins, and on a model that reads and writes every modality. Random tries, plans and attention: test_forest_properties."
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from PIL import Image
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention as sdpa
+from torch.nn.functional import cross_entropy
 
 import omnilab.forest.attention       # noqa: F401 (registers it)
 from omnilab.data.media import Audio, Video
 from omnilab.data.samples import Message, Part, Sample
-from omnilab.forest.kernels import BACKENDS
-from omnilab.forest.operator import attention, run_tiles, run_tiles_backward
 from omnilab.forest.bins import bins, collate, pack
 from omnilab.forest.encode import Encoder, encode, encode_all
+from omnilab.forest.operator import attention
 from omnilab.forest.plan import plan
 from omnilab.forest.tree import Row, forest, tree
 
 quick = settings(max_examples=150, deadline=None, derandomize=True)
-words = st.lists(st.text('abAB', min_size=1, max_size=9), min_size=1, max_size=7)
-documents = st.lists(words, min_size=1, max_size=4)
 
 
 def row(word):
@@ -26,69 +23,7 @@ def row(word):
     return Row(torch.tensor([1, *(ord(c.lower()) for c in word)]), torch.tensor([False, *(c.isupper() for c in word)]), sample=word)
 
 
-def prefixes(t):
-    "Every token of a tree as the ids on its path."
-    i = torch.arange(len(t))
-    return [tuple(t.ids[(i <= q) & (q < t.end)].tolist()) for q in range(len(t))]
-
-
-# --- tries
-
-@quick
-@given(words)
-def test_a_tree_is_the_set_of_prefixes(ws):
-    t = tree([row(w) for w in ws])
-    rows = [(1, *(ord(c.lower()) for c in w)) for w in ws]
-    expected = {r[:i] for r in rows for i in range(1, len(r) + 1)}
-    weight = {p: sum(r[:len(p)] == p and w[len(p) - 2].isupper() for r, w in zip(rows, ws) if len(p) > 1) for p in expected}
-    paths = prefixes(t)
-    assert sorted(paths) == sorted(expected)
-    assert [len(p) - 1 for p in paths] == t.depth.tolist()
-    assert {paths[i]: w for i, w in zip(t.at, t.weight)} == {p: n for p, n in weight.items() if n}
-    assert [paths[s] for s in t.source] == [paths[i][:-1] for i in t.at]
-    assert [tuple(t.ids[t.path(i)].tolist()) for i in range(len(ws))] == rows
-    assert t.target.tolist() == t.ids[t.at].tolist()
-
-
-@quick
-@given(words, st.integers(1, 4), st.integers(4, 12) | st.none())
-def test_merging_changes_no_target(ws, shared, longest):
-    def learned(trees):
-        found = {}
-        for t in trees:
-            paths = prefixes(t)
-            for i, w in zip(t.at.tolist(), t.weight.tolist()): found[paths[i]] = found.get(paths[i], 0) + w
-        return found
-    rows = [row(w) for w in ws]
-    trees = forest(rows, min_shared=shared, max_length=longest)
-    assert learned(trees) == learned(forest(rows, merge=False))
-    assert sorted(r.sample for t in trees for r in t.rows) == sorted(ws)
-    if longest: assert all(len(t) <= longest or len(t.rows) == 1 for t in trees)
-
-
-# --- plans and attention
-
-def dense(q, k, v, mask, scale): return sdpa(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(documents, st.sampled_from([1, 4, 20, 100, 2048]), st.sampled_from([(1, 1), (4, 2), (6, 2)]), st.sampled_from(sorted(BACKENDS)))
-def test_attention_is_the_dense_mask(docs, call, heads, name):
-    trees = [tree([row(w * 3) for w in ws]) for ws in docs]
-    p = plan(trees, call=call)
-    paths = [(i, x) for i, t in enumerate(trees) for x in prefixes(t)]
-    mask = torch.tensor([[a == b and x[:len(y)] == y for b, y in paths] for a, x in paths])
-    g = torch.Generator().manual_seed(len(p))
-    q, k, v = (torch.randn(1, h, len(p), 8, generator=g, dtype=torch.float64).requires_grad_() for h in (heads[0], heads[1], heads[1]))
-    want, up = dense(q, k, v, mask, .3), torch.randn(1, heads[0], len(p), 8, generator=g, dtype=torch.float64)
-    kept = BACKENDS['flash_cpu']
-    BACKENDS['flash_cpu'] = BACKENDS[name]
-    try:
-        with torch.no_grad(): out, lse = run_tiles(q, k, v, p.tiles, p.rule, .3); grads = run_tiles_backward(up, q, k, v, out, lse, p.tiles, p.rule, .3)
-    finally: BACKENDS['flash_cpu'] = kept
-    torch.testing.assert_close(out, want, rtol=1e-12, atol=1e-12)
-    for a, b in zip(grads, torch.autograd.grad(want, (q, k, v), up)): torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
+# --- plans and bins
 
 def test_the_operator_compiles_and_keeps_its_gradient():
     p = plan([tree([row('aab' * 5), row('aaa' * 5)])], call=10)

@@ -114,6 +114,7 @@ class Plan:
     rule:Tensor         # end, depth, low and reach of every token, [4, n]
     call:int = CALL     # cells that a kernel call was said to cost
     views:dict = field(default_factory=dict)    # what layers with windows or blocks see; made when first asked for
+    positions:Tensor|None = None    # the position ids that go with it, [1, n] or [p, 1, n]; None: the depths
 
     def __len__(self): return self.rule.shape[1]
     def __repr__(self): return f'Plan({len(self)} tokens, {len(self.nodes)} nodes, {len(self.tiles)} tiles)'

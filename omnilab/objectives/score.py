@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from ..forest.bins import guard
 from ..forest.recurrent import prepare_recurrent
 
 # %% ../../nbs/objectives/00_score.ipynb #302ef7af
@@ -104,6 +105,7 @@ class Scorer(nn.Module):
         self.model, self.logits, self.entropy, self.finish, self.looked = model, logits, entropy, None, False
         self.remembers = [m for m in model.modules() if hasattr(m, 'rope_deltas')]
         if self.head is None: raise ValueError(f'{type(model).__name__} has no output head: get_output_embeddings() returned None')
+        guard(model)
 
     @property
     def head(self): return self.model.get_output_embeddings()

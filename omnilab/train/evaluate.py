@@ -86,12 +86,15 @@ def open_model(
 ): # Loaded, with the adapter on it
     "Load a model as a recipe says."
     import omnilab.forest.attention     # registers 'forest'
+    from omnilab.forest.bins import guard
     from omnilab.models.load import load
     name, adapter = resolve_adapter(args.name, adapter)
     m = load(name, dtype=args.dtype, attn=args.attention, device=pick_device(device))
-    if not adapter: return m
-    from omnilab.tune.adapters import load_adapter
-    return replace(m, model=load_adapter(m.model, adapter, trainable), name=f'{name} + {adapter}')
+    if adapter:
+        from omnilab.tune.adapters import load_adapter
+        m = replace(m, model=load_adapter(m.model, adapter, trainable), name=f'{name} + {adapter}')
+    guard(m.model)
+    return m
 
 # %% ../../nbs/train/06_evaluate.ipynb #77082007
 def question(
