@@ -622,7 +622,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                          'omnilab.forest.operator._save': ('forest/operator.html#_save', 'omnilab/forest/operator.py'),
                                          'omnilab.forest.operator.attention': ( 'forest/operator.html#attention',
                                                                                 'omnilab/forest/operator.py'),
-                                         'omnilab.forest.operator.backend': ('forest/operator.html#backend', 'omnilab/forest/operator.py'),
                                          'omnilab.forest.operator.drain': ('forest/operator.html#drain', 'omnilab/forest/operator.py'),
                                          'omnilab.forest.operator.drain_backward': ( 'forest/operator.html#drain_backward',
                                                                                      'omnilab/forest/operator.py'),
