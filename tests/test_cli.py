@@ -1,5 +1,5 @@
 "The command in processes of its own: what it prints, with which status, how fast, and what it doesn't import."
-import json, re
+import json, re, shutil
 
 import pytest, yaml
 from conftest import ROOT, run
@@ -176,7 +176,16 @@ def test_infer_prints_and_writes(place):
     assert all((place/'out'/name.rpartition('/')[2]).is_file() for name in made)
 
 
-def test_check_passes_and_says_so(place):
-    done = omnilab('check', place/'model')
+def test_check_reads_no_weights(place, tmp_path):
+    bare = shutil.copytree(place/'model', tmp_path/'bare', ignore=shutil.ignore_patterns('model*'))
+    done = omnilab('check', bare)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert 'all is well' in done.stdout and 'text → audio' in done.stdout
+    assert f'twin of {bare}: all is well' in done.stdout and 'text → audio' in done.stdout
+    done = omnilab('check', bare, '--weights')
+    assert done.returncode == 2 and 'all is well' not in done.stdout and done.stderr.count('\n') == 1, done.stderr
+
+
+def test_check_of_the_weights(place):
+    done = omnilab('check', place/'model', '--weights')
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert 'all is well' in done.stdout and 'twin of' not in done.stdout

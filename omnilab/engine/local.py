@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PLAIN', 'Prompt', 'read', 'check', 'refuse_media', 'left', 'collate', 'nucleus', 'gumbel', 'draw', 'Choose',
-           'turn_end', 'extra_stops', 'Stop', 'evaluating', 'generate_batch', 'finish', 'batches', 'LocalEngine']
+           'turn_end', 'extra_stops', 'Stop', 'evaluating', 'generate_with', 'generate_batch', 'finish', 'batches',
+           'LocalEngine']
 
 # %% ../../nbs/engine/01_local.ipynb #6912adde
 from collections.abc import Callable, Iterator
@@ -14,9 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from ..data.samples import Message, Part, Sample
 from .protocol import Completion, Request, RequestError
+from ..forest.bins import join_media
 from ..forest.encode import EncodeError, Encoder, encode
 from ..forest.encode import prompt as encode_prompt
 from ..models.load import capabilities
@@ -70,7 +72,7 @@ def collate(
     "One batch of several prompts."
     out = dict(input_ids=left([p.ids for p in prompts], pad), attention_mask=left([torch.ones_like(p.ids) for p in prompts], 0))
     out |= {k: left([p.extras.get(k, torch.zeros_like(p.ids)) for p in prompts], 0) for k in dict.fromkeys(k for p in prompts for k in p.extras)}
-    return out | {k: torch.cat([p.media[k] for p in prompts if k in p.media]) for k in dict.fromkeys(k for p in prompts for k in p.media)}
+    return out | join_media([p.media for p in prompts], [f'{i} of the batch' for i in range(len(prompts))])
 
 # %% ../../nbs/engine/01_local.ipynb #f03a1f47
 def nucleus(
@@ -167,6 +169,18 @@ def evaluating(
     finally:
         for m, mode in modes.items(): m.training = mode
 
+# %% ../../nbs/engine/01_local.ipynb #ae1b3313
+def generate_with(
+    model:nn.Module, # a generating model
+    choose:Choose, # sees every step
+    **given, # inputs and options
+)->Tensor: # token ids, prompts included, [b, t]
+    "`generate`, with every token chosen by `choose`."
+    given |= dict(logits_processor=LogitsProcessorList([choose]))
+    ids = model.generate(**given)
+    if choose.logp: return ids
+    return GenerationMixin.generate(model.get_base_model() if hasattr(model, 'get_base_model') else model, **given)
+
 # %% ../../nbs/engine/01_local.ipynb #fa9bedce
 def generate_batch(
     model:nn.Module, # a generating model
@@ -183,8 +197,8 @@ def generate_batch(
     start, choose = inputs['input_ids'].shape[1], Choose(requests, grammar, never)
     config = GenerationConfig(**PLAIN, max_new_tokens=max(limits), pad_token_id=pad)
     with evaluating(model):
-        ids = model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([choose]),
-                             stopping_criteria=StoppingCriteriaList([Stop(stops, limits, start)]))[:, start:]
+        stop = StoppingCriteriaList([Stop(stops, limits, start)])
+        ids = generate_with(model, choose, **inputs, generation_config=config, stopping_criteria=stop)[:, start:]
     rows, logps = ids.tolist(), torch.stack(choose.logp, 1).tolist()
     ends = [next((i + 1 for i, t in enumerate(row[:k]) if t in s), min(k, len(row))) for row, s, k in zip(rows, stops, limits)]
     return [(row[:n], logp[:n]) for row, logp, n in zip(rows, logps, ends)]

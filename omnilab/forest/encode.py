@@ -63,7 +63,7 @@ def sort_outputs(
     media, extras = {}, {}
     for k, v in out.items():
         v = torch.as_tensor(v)
-        if v.shape == ids.shape and not v.is_floating_point(): extras[k] = v[0].long()
+        if v.shape == ids.shape and not v.is_floating_point() and not k.endswith('mask'): extras[k] = v[0].long()
         else: media[k] = v
     if 'cross_attention_mask' in media:
         raise EncodeError(sample, 'the model reads its media by cross-attention, which no forest plan honours; expected media that stand among the tokens')

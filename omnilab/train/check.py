@@ -33,12 +33,13 @@ from ..tune.adapters import GROUPS, group_of, prefixes
 def medium(
     kind:str, # image, audio or video
     seed:int=0, # of its content
+    seconds:float=.8, # of a sound
 )->Part: # in memory
     "A small medium with something in it."
     rng = np.random.default_rng(seed)
-    tone = lambda s: Audio(.3 * np.sin(2 * np.pi * (400 + 100 * seed) * np.arange(int(8000 * s)) / 8000), 8000)
+    tone = lambda: Audio(.3 * np.sin(2 * np.pi * (400 + 100 * seed) * np.arange(int(8000 * seconds)) / 8000), 8000)
     picture = lambda: np.kron(rng.integers(0, 255, (8, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)         # 64 × 64 in blocks
-    make = dict(image=lambda: Image.fromarray(picture()), audio=lambda: tone(.8), video=lambda: Video(np.stack([picture() for _ in range(4)]), 2.))
+    make = dict(image=lambda: Image.fromarray(picture()), audio=tone, video=lambda: Video(np.stack([picture() for _ in range(4)]), 2.))
     return Part(kind, make[kind]())
 
 # %% ../../nbs/train/07_check.ipynb #5b516810
@@ -51,8 +52,9 @@ def probes(
     text = lambda t: Part('text', t)
     many, what, long = 'how many are there ?', 'what is this ?', 'look at the following and say what is there : one two ' * 2
     out = [row('text', long + many, 'two of them'), row('text', long + what, 'one'), row('two turns', long + many, 'two', what, 'one of them')]
-    media = {k: medium(k) for k in ('image', 'audio', 'video') if k in takes}
+    media = {k: medium(k, seconds=1.5) for k in ('image', 'audio', 'video') if k in takes}
     for k, m in media.items(): out += [row(k, [m, text(many)], 'two of them'), row(k, [m, text(what)], 'one')]
+    if 'audio' in takes: out.append(row('a shorter sound', [medium('audio', 3, 1.2), text(what)], 'one'))
     if len(media) > 1: out.append(row(' + '.join(media), [*media.values(), text(what)], 'two'))
     return out + [row(f'text → {k}', what, [text('here'), medium(k, 1)]) for k in ('image', 'audio', 'video') if k in gives]
 
@@ -223,8 +225,9 @@ def check_forest(
     ref, ref_grads = separate(model, rows)
     other, other_grads = separate(model, rows, pad=5)
     logits, grads, head, _ = together(model, rows)
-    least = 4e-4 if recurrent_layers(model) else 1e-5                # where a node begins decides how the delta rule is cut into chunks
-    noise, out = far(other, ref), [within('head is caught', 'head', head, 0.)]
+    fine = max(1e-5, 4 * torch.finfo(model.dtype).eps)
+    least = max(fine, 4e-4) if recurrent_layers(model) else fine     # where a node begins decides how the delta rule is cut into chunks
+    noise, out = far(other, ref), [within('head is caught', 'head', head, 0., fine)]
     for name in dict.fromkeys(r.origin for r in rows):
         mine = [i for i, r in enumerate(rows) if r.origin == name]
         out.append(within('logits: forest = rows', name, far([logits[i] for i in mine], [ref[i] for i in mine]), noise, least))
@@ -283,27 +286,32 @@ def check_generation(
     with evaluating(model): logits = together_logits(model, again)
     logp = [x.log_softmax(-1).gather(1, r.ids[r.target][:, None].to(x.device))[:, 0].cpu() for x, r in zip(logits, again)]
     error = far([torch.tensor(c.logprobs) for c in done], logp)
-    return within('log-probabilities: generation = training', f'{len(last)} answers', error, 2 * noise, 1e-4)
+    least = max(1e-4, 4 * torch.finfo(model.dtype).eps)
+    return within('log-probabilities: generation = training', f'{len(last)} answers', error, 2 * noise, least)
 
 # %% ../../nbs/train/07_check.ipynb #d11ec2b4
 def check(
-    model:nn.Module, # a generating model, float32, with attention 'forest'
+    model:nn.Module, # a twin, or the model itself; with attention 'forest'
     processor:Any, # its processor, or its tokenizer where it has no other
     name:str='', # for the report
+    asked:tuple[str, ...]=('text', 'image', 'video', 'audio'), # modalities that rows may hold
 )->Report:
     "Ask a model whether it can be trained as it is."
     enc, can = Encoder(processor, model), capabilities(model)
-    takes, gives = (can['in'], can['out']) if enc.takes_media else (('text',), ('text',))          # a tokenizer makes text only
-    pairs, findings = encode_probes(probes(takes, gives), enc)
+    takes = can['in'] if enc.takes_media else ('text',)                      # a tokenizer makes text only
+    gives = can['out'] if hasattr(processor, 'parse') else ('text',)         # what no processor reads from tokens isn't an answer
+    pairs, findings = encode_probes(probes(*([k for k in kinds if k in asked] for kinds in (takes, gives))), enc)
     if not pairs: return Report(findings, name)
     rows = [r for r, _ in pairs]
-    findings += check_tokens(pairs, model, enc)
     try:
+        findings += check_tokens(pairs, model, enc)
         with evaluating(model), torch.enable_grad():
             found, noise = check_forest(model, rows)
             findings += found + check_reach(model, gradients(model))
         findings.append(check_generation(model, enc, pairs, noise))
-    except (ValueError, RuntimeError) as e: findings.append(Finding('forest and Scorer take the model', 'all', False, note=' '.join(str(e).split())[:300]))
+    except Exception as e:                                                   # families raise anything; it is what was found
+        kind = '' if type(e) is ValueError else f'{type(e).__name__}: '
+        findings.append(Finding('forest and Scorer take the model', 'all', False, note=kind + ' '.join(str(e).split())[:300]))
     finally: fresh(model)
     return Report(findings, name)
 

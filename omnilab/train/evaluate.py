@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SUFFIX', 'AskArgs', 'EvalRecipe', 'InferRecipe', 'CheckRecipe', 'resolve_adapter', 'pick_device', 'open_model',
            'question', 'free_name', 'line_of', 'infer', 'main_infer', 'read_rows', 'score', 'keep', 'main',
-           'main_check']
+           'open_checked', 'main_check']
 
 # %% ../../nbs/train/06_evaluate.ipynb #be3e4ec3
 import json, sys
@@ -52,9 +52,11 @@ class InferRecipe:
 
 @dataclass
 class CheckRecipe:
-    "Ask a model whether it can be trained as it is: packing, gradients, tokens. In float32."
-    name:str = opt(settings.model.default, 'shipped checkpoint, local folder, or hub id')
-    adapter:str = opt('', 'folder of an adapter to put on the model')
+    "Ask a model whether it can be trained as it is: packing, gradients, tokens. Asked is its twin, a small model of the same classes, in float32."
+    name:str = opt(settings.model.default, 'shipped checkpoint, local folder, or hub id; only its configuration and processor are read')
+    weights:bool = opt(False, 'ask the model itself, with its weights')
+    dtype:Literal['float32', 'bfloat16', 'float16'] = opt('float32', 'type of the weights, with --weights')
+    adapter:str = opt('', 'folder of an adapter to put on the model, with --weights')
     device:Literal['auto', 'cpu', 'cuda', 'mps'] = opt(settings.train.device, 'auto: an accelerator if there is one')
 
 # %% ../../nbs/train/06_evaluate.ipynb #bc847415
@@ -216,7 +218,19 @@ def main(
     except (ValueError, OSError) as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
     return scores
 
-# %% ../../nbs/train/06_evaluate.ipynb #0e35bdd7
+# %% ../../nbs/train/06_evaluate.ipynb #e11962a8
+def open_checked(
+    recipe:CheckRecipe, # what is asked
+): # Loaded: a twin, or the model itself
+    "What `check` runs on."
+    if recipe.weights: return open_model(ModelArgs(recipe.name, recipe.dtype, 'forest'), recipe.adapter, recipe.device, trainable=True)
+    name, adapter = resolve_adapter(recipe.name, recipe.adapter)
+    if adapter: raise ValueError(f'{adapter}: an adapter belongs to weights; expected --weights beside it')
+    if recipe.dtype != 'float32': raise ValueError(f'dtype {recipe.dtype}: a twin is float32; expected --weights beside it')
+    import omnilab.forest.attention     # registers 'forest'
+    from omnilab.models.twin import load_twin
+    return load_twin(name, 'forest', pick_device(recipe.device))
+
 def main_check(
     argv:list[str]|None=None, # words of the command line; None: this program's
     name:str='omnilab check', # how it is called
@@ -224,7 +238,7 @@ def main_check(
     "Check a model as the command line says, and print the table; status 1 if something failed, 2 for mistakes."
     recipe = command(CheckRecipe, argv, name)
     try:
-        m = open_model(ModelArgs(recipe.name, 'float32', 'forest'), recipe.adapter, recipe.device, trainable=True)
+        m = open_checked(recipe)
         from omnilab.train.check import check
         report = check(m.model, m.processor, m.name)
     except (ValueError, OSError) as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
