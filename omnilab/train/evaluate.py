@@ -91,7 +91,7 @@ def open_model(
     from omnilab.forest.bins import guard
     from omnilab.models.load import load
     name, adapter = resolve_adapter(args.name, adapter)
-    m = load(name, dtype=args.dtype, attn=args.attention, device=pick_device(device))
+    m = load(name, dtype=args.dtype, attn=args.attention, device=pick_device(device), quantize=args.quantize)
     if adapter:
         from omnilab.tune.adapters import load_adapter
         m = replace(m, model=load_adapter(m.model, adapter, trainable), name=f'{name} + {adapter}')

@@ -40,6 +40,7 @@ class ModelArgs:
     name:str = opt(settings.model.default, 'shipped checkpoint, local folder, or hub id')
     dtype:Literal['auto', 'float32', 'bfloat16', 'float16'] = opt(settings.model.dtype, 'type of the weights; auto: as they were saved')
     attention:Literal['forest', 'sdpa', 'eager'] = opt(settings.model.attention, 'backend; packs of trees need forest')
+    quantize:Literal['none', 'nf4', 'int8'] = opt('none', 'hold the linear layers in 4 or 8 bits; only adapters can be trained then')
 
 @dataclass
 class DataArgs:
