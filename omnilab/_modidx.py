@@ -1270,7 +1270,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'omnilab.train.check.fresh': ('train/check.html#fresh', 'omnilab/train/check.py'),
                                      'omnilab.train.check.gradients': ('train/check.html#gradients', 'omnilab/train/check.py'),
                                      'omnilab.train.check.in_rows': ('train/check.html#in_rows', 'omnilab/train/check.py'),
-                                     'omnilab.train.check.medium': ('train/check.html#medium', 'omnilab/train/check.py'),
                                      'omnilab.train.check.probes': ('train/check.html#probes', 'omnilab/train/check.py'),
                                      'omnilab.train.check.separate': ('train/check.html#separate', 'omnilab/train/check.py'),
                                      'omnilab.train.check.together': ('train/check.html#together', 'omnilab/train/check.py'),
