@@ -6,7 +6,7 @@
 __all__ = ['HONOURED', 'HARMLESS', 'read_mask', 'refuse', 'check_call', 'stock_attention', 'forest_attention', 'LateMask',
            'forest_mask']
 
-# %% ../../nbs/forest/04_attention.ipynb #4c39289e
+# %% ../../nbs/forest/04_attention.ipynb #2707667c
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-# %% ../../nbs/forest/04_attention.ipynb #16851f40
+# %% ../../nbs/forest/04_attention.ipynb #13adfcff
 def read_mask(
     f:Callable, # a mask function of transformers
 )->dict: # window, chunk, blocks, bounded, as `Plan.view` takes them; unknown: the name of a piece that was not understood
@@ -37,7 +37,7 @@ def read_mask(
     says = {k: v for part in parts for k, v in part.items()}
     return says | {'bounded': True} if name == 'and_masks' and 'window' in says and 'blocks' in says else says
 
-# %% ../../nbs/forest/04_attention.ipynb #a92cf456
+# %% ../../nbs/forest/04_attention.ipynb #23b14551
 HONOURED = {'attention_mask', 'dropout', 'scaling', 'is_causal', 'sliding_window', 'softcap', 's_aux'}      # s_aux: sinks
 HARMLESS = {'position_ids', 'cache_position', 'use_cache', 'deterministic', 'output_attentions', 'output_hidden_states', 'output_router_logits', 'return_dict',
             'num_items_in_batch', 'cu_seq_lens_q', 'cu_seq_lens_k', 'max_length_q', 'max_length_k', 'layer_idx', 'logits_to_keep'}
@@ -49,7 +49,7 @@ def refuse(
     "One line: which layer, what it asked."
     raise ValueError(f'{type(module).__name__} (layer {getattr(module, "layer_idx", "?")}): {why}, which a forest plan does not honour')
 
-# %% ../../nbs/forest/04_attention.ipynb #9138ee25
+# %% ../../nbs/forest/04_attention.ipynb #eaf4287e
 def check_call(
     module, # the attention module
     plan:Plan, # of the row
@@ -66,11 +66,11 @@ def check_call(
         refuse(module, f'scores scaled by the place in the row, from {module.floor_scale} tokens on')
     if dropout: refuse(module, f'attention dropout {dropout}; set attention_dropout=0')
     if isinstance(mask, LateMask) and 'unknown' in mask.says: refuse(module, f'the mask {mask.says["unknown"]!r}')
-    if isinstance(mask, Tensor) and not isinstance(mask, LateMask) and not torch.compiler.is_compiling(): refuse(module, 'a mask of its own')
+    if isinstance(mask, Tensor) and not isinstance(mask, LateMask): refuse(module, 'a mask of its own')
     for name, value in kwargs.items():
         if value is not None and value is not False and name not in HONOURED | HARMLESS: refuse(module, f'the argument {name!r}')
 
-# %% ../../nbs/forest/04_attention.ipynb #8f22c6ed
+# %% ../../nbs/forest/04_attention.ipynb #967b8cbe
 def stock_attention(
     module, # the attention module
     q:Tensor, # [batch, heads, n, d]
@@ -87,7 +87,7 @@ def stock_attention(
     if mask is not None: mask = torch.where(mask, 0., torch.finfo(q.dtype).min).to(q.dtype)
     return sys.modules[type(module).__module__].eager_attention_forward(module, q, k, v, mask, **kwargs)
 
-# %% ../../nbs/forest/04_attention.ipynb #b234da83
+# %% ../../nbs/forest/04_attention.ipynb #ffc5191f
 def forest_attention(
     module, # the attention module
     query:Tensor, # [batch, heads, n, d]
@@ -109,7 +109,7 @@ def forest_attention(
     view = forest.view(**{'window': kwargs.get('sliding_window')} | getattr(attention_mask, 'says', {}))
     return attention(query, key, value, view, scaling, kwargs.get('softcap'), kwargs.get('s_aux')).transpose(1, 2), None
 
-# %% ../../nbs/forest/04_attention.ipynb #ec9cc66b
+# %% ../../nbs/forest/04_attention.ipynb #0a45db95
 class LateMask(torch.Tensor):
     "A boolean mask that is made when it is first read; `says` tells what it would show."
     @staticmethod
@@ -129,7 +129,8 @@ class LateMask(torch.Tensor):
         args, kwargs = tree_map_only(cls, cls.real, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-# %% ../../nbs/forest/04_attention.ipynb #848b72f1
+# %% ../../nbs/forest/04_attention.ipynb #e5cf1567
+@torch.compiler.disable         # once a forward, and all of it Python
 def forest_mask(
     batch_size:int, # rows
     q_length:int, # queries
@@ -144,9 +145,7 @@ def forest_mask(
     make = partial(sdpa_mask, batch_size=batch_size, q_length=q_length, kv_length=kv_length, mask_function=mask_function, attention_mask=attention_mask,
                    device=device, **kwargs)
     says, whole = read_mask(mask_function), batch_size == 1 and attention_mask is None and q_length == kv_length
-    if whole and torch.compiler.is_compiling() and says.keys() & {'chunk', 'blocks', 'unknown'}:
-        raise NotImplementedError(f'a compiled model whose mask says {", ".join(says)}: a forest plan could not be told; run it without torch.compile')
-    if not whole or torch.compiler.is_compiling() or not says and allow_is_causal_skip: return make(allow_is_causal_skip=allow_is_causal_skip)
+    if not whole or not says and allow_is_causal_skip: return make(allow_is_causal_skip=allow_is_causal_skip)
     return LateMask((1, 1, q_length, kv_length), device, partial(make, allow_is_causal_skip=False), says)
 
 AttentionInterface.register('forest', forest_attention)

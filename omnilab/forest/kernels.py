@@ -6,7 +6,7 @@
 __all__ = ['BACKENDS', 'VARLEN', 'CALLS', 'scores', 'attend', 'attend_backward', 'Backend', 'flash', 'flash_backward', 'backend',
            'node_runs', 'node_levels', 'Call', 'ranges', 'level_calls', 'Varlen', 'pick', 'run_calls',
            'run_calls_backward', 'pieces', 'heads_first', 'loop', 'loop_backward', 'flash_varlen',
-           'flash_varlen_backward', 'move', 'calls_on', 'plain', 'compiled_flex', 'block_mask', 'flex']
+           'flash_varlen_backward', 'move', 'calls_on', 'compiled_flex', 'block_mask', 'flex']
 
 # %% ../../nbs/forest/02_kernels.ipynb #e51d0ccb
 from collections.abc import Callable, Iterable
@@ -220,9 +220,6 @@ def calls_on(
     kept = CALLS.setdefault(rule, {})
     if device not in kept: kept[device] = [move(c, device) for c in level_calls(rule)]
     return kept[device]
-
-def plain(rule:Tensor)->bool: # nothing but causal: no windows, no blocks
-    return not rule[2].any() and bool((rule[3] == torch.arange(rule.shape[1])).all())
 
 # %% ../../nbs/forest/02_kernels.ipynb #311bfc4c
 @cache

@@ -9,7 +9,7 @@ __all__ = ['walk', 'run_tiles', 'empty', 'run_tiles_backward', 'drain', 'drain_b
 # %% ../../nbs/forest/03_operator.ipynb #914fd16a
 import torch
 from torch import Tensor
-from .kernels import VARLEN, backend, calls_on, flex, plain, run_calls, run_calls_backward
+from .kernels import VARLEN, backend, calls_on, flex, run_calls, run_calls_backward
 from .plan import BAND, BLOCK, CAUSAL, FULL, MASKED, Plan, tile_mask
 
 # %% ../../nbs/forest/03_operator.ipynb #32a198d2
@@ -118,7 +118,7 @@ def flash_runs(
 )->bool:
     "Can flash attention's variable-length kernels run this layer?"
     d = q.shape[-1]
-    return q.dtype in (torch.float16, torch.bfloat16) and d == v.shape[-1] <= 256 and d % 8 == 0 and not cap and plain(plan.rule)
+    return q.dtype in (torch.float16, torch.bfloat16) and d == v.shape[-1] <= 256 and d % 8 == 0 and not cap and plan.plain
 
 # %% ../../nbs/forest/03_operator.ipynb #c82fcf10
 def attention(

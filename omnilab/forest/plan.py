@@ -112,14 +112,14 @@ class Plan:
     nodes:Tensor        # start, stop, end of every node of every tree, [nodes, 3]
     tiles:Tensor        # first query, one past the last, first key, one past the last, kind, [tiles, 5]
     rule:Tensor         # end, depth, low and reach of every token, [4, n]
+    longest:int         # tokens of the longest path
+    plain:bool = True   # causal and nothing else: no window, no chunk, no block
     call:int = CALL     # cells that a kernel call was said to cost
     views:dict = field(default_factory=dict)    # what layers with windows or blocks see; made when first asked for
     positions:Tensor|None = None    # the position ids that go with it, [1, n] or [p, 1, n]; None: the depths
 
     def __len__(self): return self.rule.shape[1]
     def __repr__(self): return f'Plan({len(self)} tokens, {len(self.nodes)} nodes, {len(self.tiles)} tiles)'
-    @property
-    def longest(self)->int: return int(self.rule[1].max()) + 1      # tokens of the longest path
     def visible(self)->Tensor: return visible(*self.rule)           # the dense mask, bool [n, n]
 
     def view(self,
@@ -145,7 +145,8 @@ def plan(
     nodes = torch.cat([t.nodes[:, :3] + o for t, o in zip(trees, starts)])
     tiles = torch.tensor(tile([tuple(x) for x in nodes.tolist()], call))
     end, depth = torch.cat([t.end + o for t, o in zip(trees, starts)]), torch.cat([t.depth for t in trees])
-    return Plan(nodes, tiles, torch.stack([end, depth, torch.zeros_like(depth), torch.arange(len(depth))]), call)
+    rule = torch.stack([end, depth, torch.zeros_like(depth), torch.arange(len(depth))])
+    return Plan(nodes, tiles, rule, int(depth.max()) + 1, call=call)
 
 # %% ../../nbs/forest/01_plan.ipynb #a1cd8035
 def block_ends(
@@ -180,7 +181,7 @@ def restrict(
     d, l = depth.numpy(), low.numpy()
     tiles = [t for x in p.tiles.tolist() for t in narrow(tuple(x), d, l, p.call)] + [(a, b, a, b, BLOCK) for a, b in ends if b - a > 1]
     tiles = sorted(tiles, key=lambda t: t[4] not in (CAUSAL, MASKED))
-    return Plan(p.nodes, torch.tensor(tiles), torch.stack([end, depth, low, reach]), p.call)
+    return Plan(p.nodes, torch.tensor(tiles), torch.stack([end, depth, low, reach]), p.longest, False, p.call)
 
 # %% ../../nbs/forest/01_plan.ipynb #112241dc
 def tile_mask(
