@@ -117,7 +117,7 @@ class Choose(LogitsProcessor):
         own = scores.log_softmax(-1)
         if own.isnan().any(): raise RequestError('the model\'s logits are not numbers (nan); a type with more range may help, such as bfloat16 or float32')
         if self.grammar: scores = self.grammar(input_ids, scores)
-        if self.never: scores[:, self.never] = -torch.inf               # generate's own copy
+        scores[:, [t for t in self.never if t < scores.shape[1]]] = -torch.inf      # generate's own copy; some placeholders lie behind the head
         for i, (r, g) in enumerate(zip(self.requests, self.streams)):
             if r.temperature: scores[i] = draw(scores[i], r, g)
         self.logp.append(own.gather(1, scores.argmax(-1, keepdim=True))[:, 0])
