@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FIELDS', 'fields', 'change', 'parts', 'is_places', 'kinds', 'keep', 'fewer_layers', 'fewer_heads', 'ropes',
            'narrower_heads', 'sections', 'narrower_rope', 'one_width', 'narrower', 'fewer_experts', 'shrink',
-           'draw_layers', 'random_', 'TwinError', 'check_small', 'answering', 'twin', 'load_twin']
+           'draw_layers', 'random_', 'TwinError', 'check_small', 'twin', 'load_twin']
 
 # %% ../../nbs/models/05_twin.ipynb #623fbf76
 import math, re
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor, nn
-from .load import Loaded, LoadError, auto_class, read
+from .load import Loaded, LoadError, answering, auto_class, read
 from transformers import AutoConfig, AutoProcessor, GenerationConfig, PretrainedConfig, PreTrainedModel
 
 # %% ../../nbs/models/05_twin.ipynb #e2efc0fd
@@ -256,10 +256,6 @@ def check_small(
     if (n := sum(x[0] for x in rest)) > limit:
         large = ', '.join(f'{name} {list(shape)}' for _, name, shape in rest[:3])
         raise TwinError(f'{type(model).__name__}: its twin has {n / 1e6:.1f} million parameters; not shrunk: {large}')
-
-def answering(what:PretrainedConfig|PreTrainedModel)->Any: # the part that reads and answers in text, where a model has several
-    "A thinker without its talker."
-    return getattr(what, 'thinker_config', None) or getattr(what, 'thinker', None) or what
 
 # %% ../../nbs/models/05_twin.ipynb #fe691c7b
 def twin(
