@@ -532,6 +532,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'omnilab.forest.bins.Packs.tokens': ('forest/bins.html#packs.tokens', 'omnilab/forest/bins.py'),
                                      'omnilab.forest.bins.bins': ('forest/bins.html#bins', 'omnilab/forest/bins.py'),
                                      'omnilab.forest.bins.check_inputs': ('forest/bins.html#check_inputs', 'omnilab/forest/bins.py'),
+                                     'omnilab.forest.bins.check_read': ('forest/bins.html#check_read', 'omnilab/forest/bins.py'),
                                      'omnilab.forest.bins.collate': ('forest/bins.html#collate', 'omnilab/forest/bins.py'),
                                      'omnilab.forest.bins.counts': ('forest/bins.html#counts', 'omnilab/forest/bins.py'),
                                      'omnilab.forest.bins.draw_packs': ('forest/bins.html#draw_packs', 'omnilab/forest/bins.py'),

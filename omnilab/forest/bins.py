@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BESIDE', 'bins', 'Pack', 'lengthen', 'join_media', 'join_positions', 'join_extras', 'collate', 'misfit',
-           'check_inputs', 'guard', 'Packs', 'pack', 'modalities', 'counts', 'draw_packs']
+           'check_inputs', 'check_read', 'guard', 'Packs', 'pack', 'modalities', 'counts', 'draw_packs']
 
-# %% ../../nbs/forest/08_bins.ipynb #fc4249d7
+# %% ../../nbs/forest/08_bins.ipynb #80e7085f
 from bisect import bisect_left, insort
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -14,11 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from ..data.samples import Problem
+from .attention import WATCH
 from .encode import rope_index
 from .plan import Plan, plan
 from .tree import Row, Tree
 
-# %% ../../nbs/forest/08_bins.ipynb #0c489de7
+# %% ../../nbs/forest/08_bins.ipynb #af2bb6c4
 def bins(
     lengths:list[int], # of the items, none above max_length
     max_length:int, # of a bin
@@ -33,7 +34,7 @@ def bins(
         insort(free, (room - lengths[i], b))
     return out
 
-# %% ../../nbs/forest/08_bins.ipynb #419a602e
+# %% ../../nbs/forest/08_bins.ipynb #baab869f
 @dataclass(eq=False, repr=False)
 class Pack:
     "A row of trees, ready for a model."
@@ -68,7 +69,7 @@ class Pack:
         move = lambda x: {k: v.to(device) for k, v in x.items()} if isinstance(x, dict) else x.to(device)
         return replace(self, **{k: move(getattr(self, k)) for k in ('input_ids', 'position_ids', 'source', 'target', 'weight', 'at', 'media', 'extras')})
 
-# %% ../../nbs/forest/08_bins.ipynb #b24c116f
+# %% ../../nbs/forest/08_bins.ipynb #dd56007b
 def lengthen(
     media:list[dict[str, Tensor]], # of several rows
 )->list[dict[str, Tensor]]: # the same, filled
@@ -98,7 +99,7 @@ def join_media(
                 raise ValueError(f'{k}: {shape} of row {origin} and {other} of row {first} cannot be joined; expected the same after the first axis')
     return {k: torch.cat([v for v, _ in vs]) for k, vs in found.items()}
 
-# %% ../../nbs/forest/08_bins.ipynb #4ca6a8b4
+# %% ../../nbs/forest/08_bins.ipynb #0599a71a
 def join_positions(
     trees:list[Tree], # of one pack
 )->Tensor: # [1, n], or [p, 1, n] where the model has its own
@@ -114,7 +115,7 @@ def join_extras(
     kinds = {k: v.dtype for t in trees for k, v in t.extras.items()}
     return {k: torch.cat([t.extras.get(k, torch.zeros(len(t), dtype=d)) for t in trees])[None] for k, d in kinds.items()}
 
-# %% ../../nbs/forest/08_bins.ipynb #7fef157d
+# %% ../../nbs/forest/08_bins.ipynb #0b2e7a83
 def collate(
     trees:list[Tree], # of one pack
 )->Pack: # side by side
@@ -126,7 +127,7 @@ def collate(
     media = join_media([t.media for t in trees], [t.rows[0].origin for t in trees])
     return Pack(ids[None], positions, replace(plan(trees), positions=positions), source, target, weight, at, media, join_extras(trees), trees)
 
-# %% ../../nbs/forest/08_bins.ipynb #f4bd86a4
+# %% ../../nbs/forest/08_bins.ipynb #debe3e5c
 BESIDE = {'attention_mask': 'the plan says who sees whom', 'labels': "the model would shift them across branches; a pack's targets are its own",
           'past_key_values': 'a row of trees has no past'}
 
@@ -146,19 +147,28 @@ def misfit(
     if given is None or given.shape != want.shape or not torch.equal(given.cpu(), want):
         return f'position_ids {"are missing" if given is None else tuple(given.shape)}; expected those of the pack, {tuple(want.shape)}'
 
-# %% ../../nbs/forest/08_bins.ipynb #e927491b
+# %% ../../nbs/forest/08_bins.ipynb #98f6f82c
 def check_inputs(model, args, inputs): # a forward pre-hook; a compiled model was looked at when it ran plainly
     "Refuse a call whose inputs don't go with its plan."
-    if inputs.get('forest') is None or torch.compiler.is_compiling(): return
-    if wrong := misfit(model, inputs): raise ValueError(f'{type(model).__name__} with a forest plan: {wrong}')
+    if torch.compiler.is_compiling(): return
+    WATCH.plan, WATCH.read = inputs.get('forest'), False
+    if WATCH.plan is not None and (wrong := misfit(model, inputs)): raise ValueError(f'{type(model).__name__} with a forest plan: {wrong}')
+
+def check_read(model, args, out): # a forward hook
+    "Refuse the output of a model none of whose layers read its plan."
+    if torch.compiler.is_compiling() or WATCH.plan is None: return
+    WATCH.plan = None
+    if not WATCH.read: raise ValueError(f'{type(model).__name__} with a forest plan: no layer read it; expected attention that transformers exchanges')
 
 def guard(
     model:nn.Module, # a model of transformers; calls without a plan stay as they are
 ):
     "Look at every call of a model that brings a plan."
-    if check_inputs not in model._forward_pre_hooks.values(): model.register_forward_pre_hook(check_inputs, with_kwargs=True)
+    if check_inputs in model._forward_pre_hooks.values(): return
+    model.register_forward_pre_hook(check_inputs, with_kwargs=True)
+    model.register_forward_hook(check_read)
 
-# %% ../../nbs/forest/08_bins.ipynb #0dc342d4
+# %% ../../nbs/forest/08_bins.ipynb #74f45dc2
 class Packs(list):
     "Packs of one length, with what was left out."
     def __init__(self, packs, max_length, problems=()): super().__init__(packs); self.max_length, self.problems = max_length, list(problems)
@@ -173,7 +183,7 @@ class Packs(list):
         saved = 1 - self.tokens / max(1, self.row_tokens)
         return f'{len(self)} packs of {self.max_length}: {self.tokens} tokens, {self.padding:.1%} empty, {saved:.0%} shared, {len(self.problems)} left out'
 
-# %% ../../nbs/forest/08_bins.ipynb #40b51970
+# %% ../../nbs/forest/08_bins.ipynb #bc75e979
 def pack(
     trees:list[Tree], # in any order
     max_length:int, # tokens in a pack
@@ -186,7 +196,7 @@ def pack(
     trees = [t for t in trees if len(t) <= max_length]
     return Packs([collate([trees[i] for i in b]) for b in bins([len(t) for t in trees], max_length)], max_length, problems)
 
-# %% ../../nbs/forest/08_bins.ipynb #5881e1db
+# %% ../../nbs/forest/08_bins.ipynb #54e33d14
 def modalities(
     row:Row, # with the sample it came from
 )->str: # such as 'text', 'image → text'
@@ -201,7 +211,7 @@ def counts(
     "How many rows of each kind."
     return Counter(modalities(r) for p in packs for r in p.rows)
 
-# %% ../../nbs/forest/08_bins.ipynb #8366bb64
+# %% ../../nbs/forest/08_bins.ipynb #9fb668f2
 def draw_packs(
     packs:Packs, # not too many
     ax, # matplotlib axes
