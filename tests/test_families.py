@@ -48,7 +48,8 @@ def test_checks(config, more):
     ('MambaConfig', {}, 'recurrent layer'),
     ('Lfm2Config', dict(layer_types=['conv', 'conv', 'full_attention', 'conv'] * 8), 'conv'),
     ('FalconH1Config', dict(mamba_d_ssm=32, mamba_n_heads=4, mamba_d_head=8, mamba_d_state=8), 'recurrent layer'),
-], ids=['Mamba', 'LFM2', 'Falcon-H1'])
+    ('StableLmConfig', {}, 'a call without the keyword that its model was given'),       # its layers drop keywords
+], ids=['Mamba', 'LFM2', 'Falcon-H1', 'StableLM'])
 def test_refuses(config, more, why):
     report = report_of(config, more)
     assert not report.ok and why in report.findings[-1].note, [str(f.cells()) for f in report.findings]

@@ -6,7 +6,7 @@
 __all__ = ['FAMILIES', 'CONV', 'RULE', 'ATTENTION', 'parents', 'taps', 'tree_conv', 'tree_scan', 'hook_conv', 'hook_rule', 'hook',
            'recurrent_layers', 'prepare_recurrent']
 
-# %% ../../nbs/forest/05_recurrent.ipynb #572cbbee
+# %% ../../nbs/forest/05_recurrent.ipynb #d96ce06f
 import inspect
 from collections.abc import Callable
 from functools import wraps
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .plan import Plan
 from transformers.activations import ACT2FN
 
-# %% ../../nbs/forest/05_recurrent.ipynb #b823cfe7
+# %% ../../nbs/forest/05_recurrent.ipynb #3052d23b
 def parents(
     nodes:Tensor, # start, stop, end of every node, depth-first, [nodes, 3]
 )->list[int]: # -1 at a root
@@ -43,7 +43,7 @@ def taps(
     for _ in range(k - 1): out.append(before[out[-1]])
     return torch.stack(out[::-1], 1)
 
-# %% ../../nbs/forest/05_recurrent.ipynb #2c9b6e9f
+# %% ../../nbs/forest/05_recurrent.ipynb #dfcb531f
 def tree_conv(
     x:Tensor, # [1, d, n]
     weight:Tensor, # [d, k]
@@ -57,7 +57,7 @@ def tree_conv(
     if bias is not None: out = out + bias[:, None]
     return ACT2FN[activation](out) if activation else out
 
-# %% ../../nbs/forest/05_recurrent.ipynb #a1350fa6
+# %% ../../nbs/forest/05_recurrent.ipynb #471588da
 def tree_scan(
     rule:Callable, # (q, k, v, g=, beta=, initial_state=, output_final_state=, …) -> output [1, n, heads, dv], final state
     plan:Plan, # of the row
@@ -76,7 +76,7 @@ def tree_scan(
         out.append(o)
     return torch.cat(out, 1)
 
-# %% ../../nbs/forest/05_recurrent.ipynb #a5434dae
+# %% ../../nbs/forest/05_recurrent.ipynb #6d1a5261
 FAMILIES = ('qwen3_next', 'qwen3_5', 'qwen3_5_moe')                     # they call both functions by these names, and hand them their keywords
 CONV, RULE = 'causal_conv1d_fn', 'torch_chunk_gated_delta_rule'
 
@@ -96,7 +96,7 @@ def hook_rule(stock:Callable)->Callable:
         return tree_scan(stock, forest, query, key, value, g, beta, **kwargs), None
     return rule
 
-# %% ../../nbs/forest/05_recurrent.ipynb #aafd558a
+# %% ../../nbs/forest/05_recurrent.ipynb #02fec772
 def hook(
     family:str, # folder of transformers' models
 )->bool: # whether this transformers has it
@@ -108,7 +108,7 @@ def hook(
         if not hasattr(stock, 'on_trees'): setattr(module, name, make(stock)); getattr(module, name).on_trees = True
     return True
 
-# %% ../../nbs/forest/05_recurrent.ipynb #483b5745
+# %% ../../nbs/forest/05_recurrent.ipynb #a544989d
 ATTENTION = {'full_attention', 'sliding_attention', 'chunked_attention'}        # kinds of layers that a plan takes care of
 
 def recurrent_layers(
@@ -125,6 +125,6 @@ def prepare_recurrent(
     for name, m in recurrent_layers(model).items():
         family = type(m).__module__.split('.')[-2]
         if family not in FAMILIES or not hook(family):
-            raise ValueError(f'{type(m).__name__} ({name}): a recurrent layer that cannot run on trees; known are those of {", ".join(FAMILIES)}')
+            raise ValueError(f'{type(m).__name__} ({name or "all"}): a recurrent layer that cannot run on trees; known are those of {", ".join(FAMILIES)}')
         kinds -= {'linear_attention'}
     if kinds: raise ValueError(f"{type(model).__name__}: layers of kind {sorted(kinds)} cannot run on trees; expected {sorted(ATTENTION)}")
