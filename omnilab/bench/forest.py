@@ -111,6 +111,7 @@ def main(
         table = [measure('5M', p, a.answer, g, a.rounds) for p in (64, 256, 1024) for g in (2, 8)]
         table.append(measure('50M', 1024, a.answer, 8, a.rounds))
     last = next(r for r in table if (r['prompt'], r['group']) == (1024, 8)) if not a.quick else table[0]
-    tell(table, ratio=last['ratio'], memory_ratio=last['memory_ratio'], ratio_50M=table[-1]['ratio'], torch=torch.__version__)
+    large = {} if a.quick else {'ratio_50M': table[-1]['ratio']}
+    tell(table, ratio=last['ratio'], memory_ratio=last['memory_ratio'], **large, torch=torch.__version__)
 
 if __name__ == '__main__' and '__file__' in globals(): main()
