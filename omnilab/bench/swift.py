@@ -33,16 +33,17 @@ def prepare(
 
 # %% ../../nbs/bench/02_swift.ipynb #c0955f56
 def clock(
-    log:dict, # gets 'model' and 'step' (CPU seconds), 'loss', 'ids' (shape), a list each
+    log:dict, # gets 'model' and 'step' (CPU seconds), 'loss', 'ids' (shape), 'targets', a list each
 ):
     "Time the steps of ms-swift's trainer."
     from swift.trainers import Seq2SeqTrainer
     real, last = Seq2SeqTrainer.training_step, [time.process_time()]
     def step(self, model, inputs, *args, **kwargs):
-        shape, began = list(inputs['input_ids'].shape), time.process_time()
+        shape, targets, began = list(inputs['input_ids'].shape), int((inputs['labels'] != -100).sum()), time.process_time()
         loss = real(self, model, inputs, *args, **kwargs)
         now = time.process_time()
-        for k, v in dict(model=now - began, step=now - last[0], loss=float(loss), ids=shape).items(): log.setdefault(k, []).append(v)
+        row = dict(model=now - began, step=now - last[0], loss=float(loss), ids=shape, targets=targets)
+        for k, v in row.items(): log.setdefault(k, []).append(v)
         last[0] = now
         return loss
     Seq2SeqTrainer.training_step = step
