@@ -292,6 +292,7 @@ def dry_run(
     "Two steps; nothing is written."
     check(recipe)
     from omnilab.data.samples import read
+    from omnilab.forest.template import tokenizer_of
     from omnilab.train.loop import train
     samples, loaded = read(recipe.data.train, recipe.data.on_error), load_model(recipe)
     packs = read_packs(samples, loaded, recipe)
@@ -303,7 +304,7 @@ def dry_run(
              f'packs    {packs!r}', f'run      {planned} steps of {recipe.train.packs} packs']
     lines += [f'step {i + 1}   loss {m["loss"]:.3f}, {m["tokens"]} tokens in {m["time"]["seconds"]:.2f} s' for i, m in enumerate(log)]
     lines += ['memory   ' + ', '.join(f'{v:.2f} GiB ({k}, peak)' for k, v in peak_memory().items())]
-    tokenizer = getattr(loaded.processor, 'tokenizer', loaded.processor)
+    tokenizer = tokenizer_of(loaded.processor)
     for r in [r for p in packs for r in p.rows][:rows]: lines += ['', f'row {r.origin}', *(f'  {k:8} {v}' for k, v in render(r, tokenizer).items())]
     return '\n'.join(lines + [f'left out: {p}' for p in packs.problems])
 
