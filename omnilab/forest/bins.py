@@ -171,7 +171,8 @@ def check_read(model, args, out): # a forward hook, called even after an error; 
     "Refuse the output of a model none of whose layers read its plan."
     if torch.compiler.is_compiling() or WATCH.plan is None: return
     WATCH.plan = None
-    if out is not None and not WATCH.read: raise ValueError(f'{type(model).__name__} with a forest plan: no layer read it; expected attention that transformers exchanges')
+    if WATCH.read or out is None: return
+    raise ValueError(f'{type(model).__name__} with a forest plan: no layer read it; expected attention that transformers exchanges')
 
 def guard(
     model:nn.Module, # a model of transformers; calls without a plan stay as they are

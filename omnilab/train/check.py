@@ -8,6 +8,7 @@ __all__ = ['talk', 'probes', 'Finding', 'Report', 'within', 'encode_probes', 'ch
            'continued', 'together_logits', 'check_generation', 'check', 'draw_report']
 
 # %% ../../nbs/train/07_check.ipynb #e0e7a531
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
@@ -28,6 +29,7 @@ from ..forest.tree import Row, forest
 from ..metrics.tasks import html_table, text_table
 from ..models.load import capabilities, limits
 from ..objectives.score import Scorer
+from .loop import reach
 from ..tune.adapters import GROUPS, group_of, prefixes
 
 # %% ../../nbs/train/07_check.ipynb #8b7d070f
@@ -259,6 +261,7 @@ def check_longer(
 def check_reach(
     model:nn.Module, # a generating model
     grads:dict[str, Tensor], # of rows of everything, name -> gradient
+    frozen:Iterable[str]=(), # names of those that a run freezes
 )->list[Finding]: # one a part
     "Does a gradient reach every trainable parameter?"
     trained = by_part({n: p for n, p in model.named_parameters() if p.requires_grad}, model)
@@ -267,6 +270,7 @@ def check_reach(
     for part, params in trained.items():
         idle = [n for n in params if n not in moves]
         note = f'{len(params) - len(idle)} of {len(params)} parameters' + (f'; never: {", ".join(idle[:3])}{" …" if len(idle) > 3 else ""}' if idle else '')
+        if n := len(params.keys() & set(frozen)): note += f'; {n} are frozen in a run on several processes'
         out.append(Finding('gradient reaches', part, len(idle) < len(params), note=note))
     return out
 
@@ -325,7 +329,8 @@ def check(
         findings += check_tokens(pairs, model, enc)
         with evaluating(model), torch.enable_grad():
             found, noise = check_forest(model, rows)
-            findings += found + check_reach(model, gradients(model)) + check_longer(model, enc)
+            grads, (idle, _) = gradients(model), reach(Scorer(model, entropy=False), packed(model, rows))
+            findings += found + check_reach(model, grads, {n.removeprefix('model.') for n in idle}) + check_longer(model, enc)
         findings.append(check_generation(model, enc, pairs, noise))
     except Exception as e:                                                   # families raise anything; it is what was found
         kind = '' if type(e) is ValueError else f'{type(e).__name__}: '
