@@ -89,13 +89,14 @@ def worker(out):
     result, out = {}, Path(out)
     run = train(build(0), [keep := Keep()])
     result |= {'world': run.accelerator.num_processes, 'rows': keep.rows, 'weights': run.model.state_dict()}
-    result |= {'frozen': [n for n, p in run.model.named_parameters() if not p.requires_grad], 'looks': run.accelerator.ddp_handler.find_unused_parameters}
+    result['frozen'] = [n for n, p in run.model.named_parameters() if not p.requires_grad]
+    result |= {'looks': run.accelerator.ddp_handler.find_unused_parameters}
     straight = train(build(0, .3), [a := Keep()])
     train(build(0, .3), [b := Keep(stop=3), Checkpoint(out.with_suffix('.run'), {})])
     resume(again := build(9, .3), out.with_suffix('.run'), {})
     train(again, [c := Keep()])
     result |= {'straight': a.rows, 'resumed': b.rows + c.rows,
-               'equal': all(p.equal(q) for p, q in zip(straight.model.parameters(), again.model.parameters()) if p.requires_grad)}    # the rest is the model's own
+               'equal': all(p.equal(q) for p, q in zip(straight.model.parameters(), again.model.parameters()) if p.requires_grad)}    # others never move
     if run.accelerator.num_processes > 1: result['sharded'] = sharded()
     if run.accelerator.is_main_process: torch.save(result, out)
 
