@@ -61,6 +61,12 @@ def test_checks_of_what_is_left(make, asked):
     assert report.ok, '\n'.join(str(x.cells()) for x in report.findings if not x.ok)
 
 
+def test_llama4_beyond_its_scale():
+    "Scores are scaled by the place in the row: packs end before, and a row that is as long is refused."
+    beyond, = [x for x in report_of(f.llama4).findings if 'beyond 256' in x.part]
+    assert beyond.ok and 'place in the row' in beyond.note
+
+
 def test_without_its_tower(monkeypatch):
     "Gemma 3n sees through a tower of another library; without it there is no twin, and one line says so."
     import transformers

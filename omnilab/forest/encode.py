@@ -18,6 +18,7 @@ from ..data.media import content_hash, load_audio, load_image, load_video
 from ..data.samples import Message, Part, Problem, Sample, to_message, to_messages
 from .template import Dialect, EncodeError, Rendered, check_said, continuation, packed, stop_ids, tokenizer_of, turns, until_stop, what_follows
 from .tree import Row
+from ..models.load import limits
 from tqdm.auto import tqdm
 
 # %% ../../nbs/forest/07_encode.ipynb #9ba41805
@@ -112,7 +113,7 @@ class Encoder:
     def __post_init__(self):
         self.tokenizer = tokenizer_of(self.processor)
         self.takes_media = self.tokenizer is not self.processor
-        self.stops, self.placeholders = stop_ids(self.processor, self.model), placeholders(self.processor, self.model)
+        self.stops, self.placeholders, self.limits = stop_ids(self.processor, self.model), placeholders(self.processor, self.model), limits(self.model)
         self.rate = getattr(getattr(self.processor, '_audio_processor', None), 'sampling_rate', 16_000)
         self.own = not getattr(self.processor, 'chat_template', None)      # tokens by its class's own code
         self.dialect = Dialect.of(getattr(self.processor, 'chat_template', None), self.takes_media)
@@ -300,7 +301,10 @@ def turn(
     new, n = answer(enc, sample, k, text), len(ids)
     ids, extras = torch.tensor(ids + new), {name: longer(v, len(new)) for name, v in extras.items()}
     end = last_in(ids[:n].tolist(), enc.placeholders) or n if media else 0
-    return Row(ids, torch.arange(len(ids)) >= n, media, keys, end, rope_positions(enc.model, ids, media, extras, n), extras, sample)
+    row = Row(ids, torch.arange(len(ids)) >= n, media, keys, end, rope_positions(enc.model, ids, media, extras, n), extras, sample, enc.limits.steps)
+    if row.span >= (most := enc.limits.row):
+        raise EncodeError(sample, f'{row.span} positions; expected fewer than {most}, since dynamic rotary frequencies follow the longest row so far')
+    return row
 
 # %% ../../nbs/forest/07_encode.ipynb #2d07b1f4
 def encode(

@@ -117,6 +117,7 @@ class Plan:
     call:int = CALL     # cells that a kernel call was said to cost
     views:dict = field(default_factory=dict)    # what layers with windows or blocks see; made when first asked for
     positions:Tensor|None = None    # the position ids that go with it, [1, n] or [p, 1, n]; None: the depths
+    spans:tuple[int, int] = (0, 0)  # positions that the shortest and the longest row take, of those that learn
 
     def __len__(self): return self.rule.shape[1]
     def __repr__(self): return f'Plan({len(self)} tokens, {len(self.nodes)} nodes, {len(self.tiles)} tiles)'
@@ -146,7 +147,8 @@ def plan(
     tiles = torch.tensor(tile([tuple(x) for x in nodes.tolist()], call))
     end, depth = torch.cat([t.end + o for t, o in zip(trees, starts)]), torch.cat([t.depth for t in trees])
     rule = torch.stack([end, depth, torch.zeros_like(depth), torch.arange(len(depth))])
-    return Plan(nodes, tiles, rule, int(depth.max()) + 1, call=call)
+    spans = [r.span for t in trees for r in t.rows if r.target.any()] or [0]
+    return Plan(nodes, tiles, rule, int(depth.max()) + 1, call=call, spans=(min(spans), max(spans)))
 
 # %% ../../nbs/forest/01_plan.ipynb #a1cd8035
 def block_ends(
