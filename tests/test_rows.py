@@ -1,11 +1,12 @@
 """What `to_row` writes, `to_sample` reads as the same sample: for any sample, and for the tags that a text may hold by accident."""
-import json, string
+import json, string, tracemalloc
 
+import datasets, pyarrow as pa, pyarrow.feather as feather, pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from omnilab.data.samples import Message, Part, RowError, Sample, read, to_messages, to_row, to_sample
+from omnilab.data.samples import Message, Part, RowError, Sample, read, stream, to_messages, to_row, to_sample
 
 TAGS = ['<image>', '<audio>', '<video>', '<bbox>', '<ref-object>', '<', 'image>', '']
 SIZES = [(40, 20), (20, 40)]
@@ -105,3 +106,54 @@ def test_files_in_both_notations_read_alike(tmp_path):
     assert [(s.messages, s.meta) for s in lines] == [(s.messages, s.meta) for s in array]
     assert [s.origin.split(':')[-1] for s in lines] == ['1', '2', '3', '4', '5']
     assert [s.origin.split(':')[-1] for s in array] == ['2', '7', '12', '17', '22']
+
+
+WRITERS = {
+    'jsonl': lambda rows, p: p.write_text('\n'.join(map(json.dumps, rows))), 'json': lambda rows, p: p.write_text(json.dumps(rows, indent=1)),
+    'csv': lambda rows, p: table(rows).to_pandas().to_csv(p, index=False), 'tsv': lambda rows, p: table(rows).to_pandas().to_csv(p, index=False, sep='\t'),
+    'parquet': lambda rows, p: pq.write_table(table(rows), p, row_group_size=3), 'feather': lambda rows, p: feather.write_feather(table(rows), p),
+    'folder': lambda rows, p: datasets.Dataset.from_list(rows).save_to_disk(p)}
+
+
+def table(rows): return pa.Table.from_pylist(rows)
+
+
+@pytest.mark.parametrize('ending', WRITERS)
+def test_every_table_gives_the_same_samples(tmp_path, ending):
+    "Whole, in shares, and from the middle: the same samples under the same indices."
+    rows = [{'prompt': f'"{i}",\n?', 'completion': '007, NA', 'n': str(i)} for i in range(10)]
+    path = tmp_path/f'a.{ending}'
+    WRITERS[ending](rows, path)
+    whole = read(path)
+    assert [(s.messages, s.meta) for s in whole] == [(s.messages, s.meta) for s in map(to_sample, rows)]
+    assert len({s.origin for s in whole}) == 10 and all(s.origin.startswith(str(path)) for s in whole)
+    shares = [dict(stream(path, shard=(i, 3))) for i in range(3)]
+    assert {k: s for share in shares for k, s in share.items()} == dict(enumerate(whole)) and [*shares[1]] == [1, 4, 7]
+    again = stream(path, start=4, shard=(1, 2))
+    assert list(again) == list(again) == [(k, whole[k]) for k in (5, 7, 9)]
+    if ending == 'parquet': assert len(again) == 3
+    else: pytest.raises(TypeError, len, again)
+
+
+def test_media_inside_tables_stay_files(root, tmp_path):
+    "Bytes of a picture in Parquet, a folder with metadata, and 🤗 features: one image, undecoded."
+    png = (root/'0.png').read_bytes()
+    row = {'prompt': '<image>What?', 'completion': 'x'}
+    pq.write_table(table([row | {'image': {'bytes': png, 'path': '0.png'}}]), tmp_path/'a.parquet')
+    assert read(tmp_path/'a.parquet')[0].messages[0].parts[0].value == png
+    ds = datasets.Dataset.from_list([row | {'image': str(root/'0.png')}]).cast_column('image', datasets.Image())
+    for d in ds, ds.to_iterable_dataset(): assert read(d)[0].messages[0].parts[0].value == str(root/'0.png')
+    (tmp_path/'metadata.jsonl').write_text(json.dumps(row | {'file_name': '0.png'}))
+    (tmp_path/'0.png').write_bytes(png)
+    s = read(tmp_path)[0]
+    assert s.messages[0].parts[0].value == str(tmp_path/'0.png') and s.origin == f'{tmp_path}/metadata.jsonl:1'
+
+
+def test_lines_are_streamed_in_little_memory(tmp_path):
+    "A share of a long file costs a line of memory, not the file."
+    line = json.dumps({'prompt': 'Hi', 'completion': 'x' * 10_000})
+    (tmp_path/'long.jsonl').write_text('\n'.join([line] * 3000))        # 30 MB
+    tracemalloc.start()
+    n = sum(1 for _ in stream(tmp_path/'long.jsonl', shard=(1, 4)))
+    assert n == 750 and tracemalloc.get_traced_memory()[1] < 2e6
+    tracemalloc.stop()
