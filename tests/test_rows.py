@@ -28,13 +28,15 @@ def root(tmp_path_factory):
 
 
 @st.composite
-def samples(draw, root):
-    "A conversation with an answer; images exist, since boxes are measured in them."
+def conversations(draw, root, shared=()):
+    "Messages with an answer; images exist, since boxes are measured in them. Behind `shared`, if there are such."
     kinds = st.lists(st.sampled_from(['text', 'text', 'image', 'audio', 'video', 'box']), max_size=4)
-    roles = [*draw(st.lists(st.sampled_from(['system', 'user', 'assistant', 'tool']), max_size=3)), 'assistant']
+    roles = [] if shared else draw(st.lists(st.sampled_from(['system', 'user', 'assistant', 'tool']), max_size=3))
+    roles = [*roles, 'assistant']
     layout = [draw(kinds) for _ in roles]
-    images = [draw(st.integers(0, 1)) for kind in sum(layout, []) if kind == 'image']
-    place, messages = iter(images), []
+    before = [SIZES.index(Image.open(p.value).size) for m in shared for p in m.parts if p.type == 'image']
+    images = before + [draw(st.integers(0, 1)) for kind in sum(layout, []) if kind == 'image']
+    place, messages = iter(images[len(before):]), list(shared)
 
     def part(kind):
         if kind == 'text': return Part('text', draw(texts))
@@ -46,20 +48,45 @@ def samples(draw, root):
         return Part('box', [x1, y1, draw(st.integers(x1 + 1, w)), h], {'size': (w, h), **({'image': k} if k else {})})
 
     for role, parts in zip(roles, layout):
-        loss = draw(st.sampled_from([None, True, False])) if role == 'assistant' else None
-        messages.append(Message(role, [part(k) for k in parts if k != 'box' or images], loss))
-    last = messages[-1]
-    messages[-1] = Message('assistant', (*last.parts, Part('text', 'yes')), True)
-    keys = st.text(string.ascii_lowercase, min_size=8, max_size=9)
+        mine = role == 'assistant'
+        more = {'loss': draw(st.sampled_from([None, True, False])), 'reasoning_content': draw(texts), 'tool_calls': draw(calls)} if mine else {}
+        messages.append(Message(role, [part(k) for k in parts if k != 'box' or images], **more))
+    return messages
+
+
+calls = st.lists(st.builds(lambda n, v: {'type': 'function', 'function': {'name': n, 'arguments': {'x': v}}}, texts, texts), max_size=1)
+
+
+@st.composite
+def samples(draw, root):
+    "A conversation, a pair of them, or a document; with a label and with what the template is told, or without."
+    messages, rejected = draw(conversations(root)), []
+    says = lambda word: [*messages[:-1], Message('assistant', (*messages[-1].parts, Part('text', word)), True)]
+    shape = draw(st.sampled_from(['one', 'pair', 'document']))
+    if shape == 'document': messages = [Message('document', (*messages[-1].parts, Part('text', 'yes')))]
+    elif shape == 'pair' and len(messages) > 1: messages, rejected = says('yes'), draw(conversations(root, messages[:-1]))
+    else: messages = says('yes')
+    if rejected: rejected[-1] = Message('assistant', (*rejected[-1].parts, Part('text', 'no')), True)
+    if shape == 'document':                                              # its boxes lie in its own images
+        seen = [p for p in messages[0].parts if p.type == 'image']
+        messages = [Message('document', [p for p in messages[0].parts if p.type != 'box' or p.meta['size'] == size_in(seen, p)])]
+    keys = st.text(string.ascii_lowercase, min_size=1, max_size=3).map('x_'.__add__)         # never a name that rows use
     meta = draw(st.dictionaries(keys, st.none() | st.booleans() | numbers | texts | st.lists(texts, max_size=2), max_size=3))
-    return Sample(messages, meta, 'a.jsonl:1')
+    template = draw(st.sampled_from([{}, {'enable_thinking': False}, {'tools': [{'type': 'function', 'function': {'name': 'now'}}]}]))
+    return Sample(messages, meta, 'a.jsonl:1', template, rejected, draw(st.sampled_from([None, True, False])))
+
+
+def size_in(images, box):
+    k = box.meta.get('image', 0)
+    return Image.open(images[k].value).size if k < len(images) else None
 
 
 @settings(max_examples=150, deadline=None, database=None, derandomize=True)
 @given(data=st.data())
 def test_round_trip(root, data):
     s = data.draw(samples(root))
-    if any(m.role == 'assistant' and m.loss is not False and not m.text.strip() and {p.type for p in m.parts} <= {'text'} for m in s.messages):
+    if any(m.role == 'assistant' and m.loss is not False and not m.text.strip() and {p.type for p in m.parts} <= {'text'} and not m.tool_calls
+           for m in s.messages + s.rejected):
         with pytest.raises(RowError, match='an empty answer'): to_sample(to_row(s, root), root)
         return
     row = json.loads(json.dumps(to_row(s, root)))

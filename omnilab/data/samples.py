@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from .files import MediaError
 from .media import load, peek
-from .parts import MEDIA, TYPES, Message, Part, RowError, Sample, to_message, to_messages
-from .rows import save_media, to_row, to_sample
+from .parts import DOCUMENT, MEDIA, TYPES, Message, Part, RowError, Sample, to_message, to_messages
+from .rows import save_media, to_row, to_sample, with_parts
 from .tables import Found, Pick, count, rows as rows_of
 
 # %% ../../nbs/data/08_samples.ipynb #23732a75
@@ -30,7 +30,7 @@ def each_medium(
         if p.type not in MEDIA: return p
         try: return replace(p, value=use(p.value, p.type))
         except MediaError as e: raise RowError(str(e), sample.origin, p.where or p.type) from None
-    return replace(sample, messages=[replace(m, parts=[done(p) for p in m.parts]) for m in sample.messages])
+    return with_parts(sample, done)
 
 def decode(
     sample:Sample, # media in files
@@ -189,7 +189,7 @@ def flow(
 )->dict: # (kind in, kind out) -> number of samples
     "How many samples go from which kind to which."
     asked = lambda s: s.kinds('user', 'system', 'tool') or {'nothing'}
-    return dict(Counter((i, o) for s in samples for i in asked(s) for o in s.kinds('assistant') or {'nothing'}))
+    return dict(Counter((i, o) for s in samples for i in asked(s) for o in s.kinds('assistant', DOCUMENT) or {'nothing'}))
 
 def draw_flow(
     samples:Samples, # any
