@@ -279,8 +279,10 @@ def hub(
     "A dataset of the hub."
     import datasets
     expected = 'hf:NAME, hf:NAME:CONFIG or hf:NAME#SPLIT'
-    name, config, split = re.fullmatch(r'hf:([^:#]*):?([^#]*)#?(.*)', address, re.S).groups()
-    try: ds = datasets.load_dataset(name, config or None, split=split or None, streaming=streaming, **more)
+    asked = re.fullmatch(r'hf:(\w[\w.-]*(?:/\w[\w.-]*)?)(?::([^:#]+))?(?:#([^#]+))?', address)
+    if not asked: raise RowError(f'no name of a dataset; expected {expected}', address)
+    name, config, split = asked.groups()
+    try: ds = datasets.load_dataset(name, config, split=split, streaming=streaming, **more)
     except Exception as e: raise RowError(f'cannot be loaded ({str(e) or type(e).__name__}); expected {expected}', address) from None
     return only(ds, address, f'one of them, such as {address}#{next(iter(ds))}') if isinstance(ds, dict) else ds
 
