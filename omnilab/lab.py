@@ -139,13 +139,13 @@ class Rows(Samples):
         return rows_of.draw_flow(self, ax or plt.subplots(figsize=(3, 2))[1])
 
 def read(
-    path:str|Path, # JSONL, or a JSON array
+    path, # a file of rows, a pattern, a folder, 'hf:NAME', or a dataset of 🤗 Datasets
     on_error:str='raise', # 'raise' the first fault, or 'skip' faulty rows and list them
     check_media:bool|str=True, # True: look at headers; 'decode': decode everything; False: look at nothing
 )->Rows: # in the order of the file; `.problems` lists what was skipped
-    "Read a file of rows."
+    "Read rows."
     found = rows_of.read(path, on_error, check_media)
-    return Rows(found, found.problems, dict(path=str(path), on_error=on_error))
+    return Rows(found, found.problems, dict(path=str(path) if isinstance(path, str | Path) else 'dataset', on_error=on_error))
 
 # %% ../nbs/30_lab.ipynb #d4ffdf5a
 KINDS = ('words', 'image', 'video', 'audio', 'trained')

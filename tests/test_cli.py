@@ -90,7 +90,7 @@ def test_words_without_names(command, words, wanted):
     (['sft', '--train.lr', 'fast'], "omnilab sft: command line train.lr = 'fast': expected a number, 0 or more"),
     (['sft', '--train.lr'], 'omnilab sft: command line --train.lr: no value; expected a number, 0 or more'),
     (['sft', 'rows.jsonl'], "omnilab sft: 'rows.jsonl': expected a recipe (RECIPE.yaml), then --name value"),
-    (['sft'], 'omnilab sft: data.train: not given; expected a file of rows (JSONL or JSON)'),
+    (['sft'], 'omnilab sft: data.train: not given; expected a file of rows'),
     (['sft', '--data.train', 'nowhere.jsonl'], "omnilab sft: data.train = 'nowhere.jsonl': no such file"),
     (['eval', 'omni-tiny'], 'omnilab eval: no rows to ask; expected --data FILE'),
     (['eval', 'omni-tiny', 'nowhere.jsonl'], 'omnilab eval: nowhere.jsonl'),

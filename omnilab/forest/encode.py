@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Medium', 'read_part', 'placeholders', 'sort_outputs', 'rope_index', 'rope_positions', 'Encoder', 'contents',
-           'without', 'check_shown', 'conversation', 'process', 'last_in', 'prompt', 'longer', 'next_opening', 'answer',
-           'turn', 'encode', 'draw_rows', 'encode_all', 'draw_positions']
+           'without', 'check_shown', 'conversation', 'check_heard', 'process', 'last_in', 'prompt', 'longer',
+           'next_opening', 'answer', 'turn', 'encode', 'draw_rows', 'encode_all', 'draw_positions']
 
 # %% ../../nbs/forest/07_encode.ipynb #9caf490a
 import inspect, re
+import numpy as np
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 import torch
@@ -109,6 +110,7 @@ class Encoder:
     _media:dict = field(default_factory=dict, repr=False)   # what was read
     _heads:dict = field(default_factory=dict, repr=False)   # what was processed
     _shown:set = field(default_factory=set, repr=False)     # (role, kind) that the template is known to show
+    _heard:int = field(default=0, repr=False)               # samples of the longest sound that is known to be heard to its end
 
     def __post_init__(self):
         self.tokenizer = tokenizer_of(self.processor)
@@ -212,6 +214,28 @@ def conversation(
     check_shown(enc, chat, sample)
     return chat, [d for m in sample.messages[:k] for p in m.parts if (d := enc.read(p))]
 
+# %% ../../nbs/forest/07_encode.ipynb #ea08ece5
+def check_heard(
+    enc:Encoder, # with its processor
+    chat:list[dict], # the conversation before the answer
+    media:list[Medium], # its media
+    tensors:dict[str, Tensor], # what the processor made of them
+    process, # what makes such tensors of a conversation
+    sample:Sample, # for messages
+):
+    "Refuse a sound whose end the processor leaves out."
+    for d in media:
+        if d.part.type != 'audio' or len(d.value) <= enc._heard: continue
+        end, rng = min(len(d.value), enc.rate // 10), np.random.default_rng(0)
+        wave = np.concatenate([d.value[:-end], rng.uniform(-.5, .5, end).astype(np.float32)])
+        other = process([{**m, 'content': [{**p, 'audio': wave} if p.get('audio') is d.value else p for p in m['content']]} for m in chat])
+        if other.keys() == tensors.keys() and all(torch.equal(v, other[k]) for k, v in tensors.items()):
+            window = getattr(getattr(enc.processor, 'feature_extractor', None), 'n_samples', None)
+            known = f' (its window is {window / enc.rate:g} s)' if window else ''
+            found = f'a sound of {len(d.value) / enc.rate:g} s, whose end {type(enc.processor).__name__} leaves out{known}'
+            raise EncodeError(sample, f'{found}; expected one that is heard whole')
+        enc._heard = len(d.value)
+
 # %% ../../nbs/forest/07_encode.ipynb #c85bdf15
 def process(
     enc:Encoder, # with its processor
@@ -222,9 +246,12 @@ def process(
     "The processor's reading of a prompt."
     clips = [d.meta for d in media if d.meta]
     options = {'processor_kwargs': {'video_metadata': [clips]} if clips else {}} if enc.takes_media else {}
-    ids, tensors, extras = sort_outputs(enc.render(chat, True, tokenize=True, return_dict=True, return_tensors='pt', **options, **sample.template), sample)
+    options |= dict(tokenize=True, return_dict=True, return_tensors='pt', **sample.template)
+    read = lambda chat: sort_outputs(enc.render(chat, True, **options), sample)
+    ids, tensors, extras = read(chat)
     if media and not tensors:
         raise EncodeError(sample, f'{type(enc.processor).__name__} made nothing of {len(media)} media; expected a processor that takes them')
+    check_heard(enc, chat, media, tensors, lambda chat: read(chat)[1], sample)
     if dtype := getattr(enc.model, 'dtype', None):         # some processors insist on bfloat16, whatever the model is; times and the like stay exact
         tensors = {k: v.to(dtype) if v.is_floating_point() and v.dim() > 1 else v for k, v in tensors.items()}
     return ids, tensors, extras
@@ -312,9 +339,12 @@ def encode(
     processor, # a processor or tokenizer with a chat template, or an `Encoder`
     model=None, # its model: stop tokens, placeholders, positions
     which:Literal['all', 'last']='all', # turns to learn
-)->list[Row]: # one row for each trained turn
+)->list[Row]: # one row for each trained turn, or for the document
     "A sample as the model will see it."
     enc, out = processor if isinstance(processor, Encoder) else Encoder(processor, model), []
+    if sample.document:
+        from omnilab.forest.document import document       # a page of its own, further on
+        return [document(enc, sample)]
     for k in turns(sample, which):
         try: out.append(turn(enc, sample, k))
         except EncodeError as e: raise EncodeError(sample, e.problem.message, f'messages[{k}]') from None

@@ -30,7 +30,7 @@ class EvalRecipe:
     "Score a model on rows with answers, by generation, task by task."
     model:ModelArgs = field(default_factory=ModelArgs)
     ask:AskArgs = field(default_factory=AskArgs)
-    data:str = opt('', 'file of rows (JSONL or JSON)')
+    data:str = opt('', 'rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files, a folder, or hf:NAME of the hub')
     rows:Whole = opt(0, 'rows to ask, from the beginning of the file; 0: all')
     on_error:str = opt('raise', "raise or skip: a row that can't be read or asked ends the program, or is skipped, counted and listed")
     adapter:str = opt('', 'folder of an adapter to put on the model')

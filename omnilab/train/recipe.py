@@ -45,8 +45,8 @@ class ModelArgs:
 @dataclass
 class DataArgs:
     "The rows to learn from."
-    train:str = opt('', 'file of rows (JSONL or JSON) to learn from')
-    test:str = opt('', 'file of held-out rows; scored by loss and by generation')
+    train:str = opt('', 'rows to learn from: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files, a folder, or hf:NAME of the hub')
+    test:str = opt('', 'held-out rows; scored by loss and by generation')
     on_error:Literal['raise', 'skip'] = opt('raise', "a row that can't be read: end the run, or skip and list it")
     turns:Literal['all', 'last'] = opt('all', "the assistant's turns that are learned; last: those behind the last question. A message's `loss` overrides")
     merge:bool = opt(True, 'rows that begin alike (one image, many questions) share what they share')

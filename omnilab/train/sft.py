@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from ..data.tables import there
 from .recipe import FREE, RecipeError, SFTRecipe, command, to_yaml
 
 # %% ../../nbs/train/05_sft.ipynb #9ebe49fb
@@ -24,8 +25,8 @@ def check(
     "One line for what would fail later."
     for name in ('train', 'test'):
         path = getattr(recipe.data, name)
-        if name == 'train' and rows and not path: raise RecipeError('data.train: not given; expected a file of rows (JSONL or JSON)')
-        if path and not Path(path).is_file(): raise RecipeError(f'data.{name} = {path!r}: no such file; expected a file of rows (JSONL or JSON)')
+        if name == 'train' and rows and not path: raise RecipeError('data.train: not given; expected a file of rows')
+        if path and not there(path): raise RecipeError(f'data.{name} = {path!r}: no such file; expected a file or folder of rows, or hf:NAME')
     if recipe.model.attention != 'forest': raise RecipeError(f'model.attention = {recipe.model.attention!r}: packs of trees need forest')
     if recipe.model.quantize != 'none' and recipe.adapter.kind == 'none':
         raise RecipeError(f'model.quantize = {recipe.model.quantize!r} with adapter.kind = \'none\': quantised weights cannot move; expected an adapter')
