@@ -4,7 +4,7 @@ import json, re, shutil
 import pytest, yaml
 from conftest import ROOT, run
 
-COMMANDS = 'sft', 'eval', 'infer', 'world', 'check'
+COMMANDS = 'sft', 'eval', 'infer', 'world', 'data', 'check'
 
 
 def omnilab(*argv, **kw): return run(['-m', 'omnilab.cli', *argv], **kw)[0]
