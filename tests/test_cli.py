@@ -22,9 +22,10 @@ def mistake(*argv, **kw):
 
 def recipe_of(command):
     "The dataclass behind a command."
-    from omnilab.cli import world_recipe
+    from omnilab.cli import data_recipe, world_recipe
     from omnilab.train import evaluate, recipe
-    return dict(sft=recipe.SFTRecipe, eval=evaluate.EvalRecipe, infer=evaluate.InferRecipe, check=evaluate.CheckRecipe, world=world_recipe())[command]
+    return dict(sft=recipe.SFTRecipe, eval=evaluate.EvalRecipe, infer=evaluate.InferRecipe, check=evaluate.CheckRecipe,
+                world=world_recipe(), data=data_recipe())[command]
 
 
 @pytest.mark.parametrize('argv', [('--help',), *((c, '--help') for c in COMMANDS), ('sft', '--print-config')], ids=' '.join)

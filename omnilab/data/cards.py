@@ -9,7 +9,7 @@ __all__ = ['STEP', 'FORMS', 'HOLE', 'OPS', 'BOXES', 'HUBS', 'TASKS', 'FIELDS', '
            'cards', 'card_html', 'cards_html', 'listing', 'stored', 'raw_rows', 'load', 'save']
 
 # %% ../../nbs/data/09_cards.ipynb #5661f276
-import json, re, omnilab
+import json, re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
@@ -18,6 +18,7 @@ from html import escape
 from itertools import islice
 from pathlib import Path
 import yaml
+import omnilab.data.parts      # tells where the package lies
 from .parts import MEDIA, TYPES, RowError, Sample
 from .rows import save_media, to_row as to_json, to_sample
 from .samples import Problem, Samples, checker, read, read_rows
@@ -274,7 +275,7 @@ def check_form(
         known = {word: object, **needed, **allowed}
         for k, v in form.items():
             if k not in known: raise wrong(f'{field}.{k}', 'unknown', f'one of {", ".join(known)}')
-            typed(v, known[k], f'{field}.{k}', f'another type beside {word}')
+            typed(v, known[k], f'{field}.{k}', {dict: 'a mapping', str: 'a text'}.get(known[k], 'a number'))
         for k in needed:
             if k not in form: raise wrong(field, f'{word} without {k}', 'both')
         if word == 'boxes' and form['form'] not in BOXES: raise wrong(f'{field}.form', shown(form['form']), f'one of {", ".join(BOXES)}')
