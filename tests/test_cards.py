@@ -141,11 +141,13 @@ ANSWER = '"{answers.text.0}"'
 
 @pytest.mark.parametrize('old, new', [
     ('id: {huggingface: squad}', 'id: squad'), ('id: {', 'id: {3: x, '), ('split: train', 'split: 3'), ('split: train\n', ''),
-    ('split: train', 'split: [train'), ('size: 87599', 'size: many'), ('size: 87599', 'size: null'), ('in: [text]', 'in: text'), ('in: [text], ', ''), ('in: [text]', 'in: [smell]'),
+    ('split: train', 'split: [train'), ('size: 87599', 'size: many'), ('size: 87599', 'size: null'),
+    ('in: [text]', 'in: text'), ('in: [text], ', ''), ('in: [text]', 'in: [smell]'),
     ('tasks: [qa]', 'tasks: qa'), ('tasks: [qa]', 'tasks: []'), ('tasks: [qa]', 'tasks: [fly]'), ('columns:\n', 'columns: {}\nrows:\n'),
     ('  completion:', '  completed:'),
     (ANSWER, '"{answers.text.0|upper}"'), (ANSWER, '"{answers.text.0"'), (ANSWER, '"answers.text.0}"'), (ANSWER, '{each: "{answers.text}"}'),
-    (ANSWER, '{map: "{a}", of: 3}'), (ANSWER, '{map: "{a}", to: [3]}'), (ANSWER, '{boxes: "{a}"}'), (ANSWER, '{boxes: "{a}", form: [3]}'), (ANSWER, '{boxes: "{a}", form: yxyx}'),
+    (ANSWER, '{map: "{a}", of: 3}'), (ANSWER, '{map: "{a}", to: [3]}'), (ANSWER, '{boxes: "{a}"}'),
+    (ANSWER, '{boxes: "{a}", form: [3]}'), (ANSWER, '{boxes: "{a}", form: yxyx}'),
     ('licence:', 'license:'), ('---\nid', 'id'), ('example:', 'example: 3\nmore:'), ('split: train', 'split: train\ntags: last')])
 def test_bad_card_is_one_line(old, new):
     assert GOOD.count(old) >= 1
