@@ -16,7 +16,7 @@ from html import escape
 from itertools import groupby
 from pathlib import Path
 from typing import Any
-from .data import samples as rows_of
+from .data import cards, samples as rows_of
 from .data.parts import MEDIA, Message, Part
 from .data.samples import Samples, Split, save_media, to_row
 from .settings import settings
@@ -139,12 +139,12 @@ class Rows(Samples):
         return rows_of.draw_flow(self, ax or plt.subplots(figsize=(3, 2))[1])
 
 def read(
-    path, # a file of rows, a pattern, a folder, 'hf:NAME', or a dataset of 🤗 Datasets
+    path, # a file of rows, a pattern, a folder, 'hf:NAME', a dataset of 🤗 Datasets, or the name of a data set's card
     on_error:str='raise', # 'raise' the first fault, or 'skip' faulty rows and list them
     check_media:bool|str=True, # True: look at headers; 'decode': decode everything; False: look at nothing
 )->Rows: # in the order of the file; `.problems` lists what was skipped
-    "Read rows."
-    found = rows_of.read(path, on_error, check_media)
+    "Read rows, or a public data set."
+    found = (cards.load if cards.means(path) else rows_of.read)(path, on_error=on_error, check_media=check_media)
     return Rows(found, found.problems, dict(path=str(path) if isinstance(path, str | Path) else 'dataset', on_error=on_error))
 
 # %% ../nbs/30_lab.ipynb #d4ffdf5a
