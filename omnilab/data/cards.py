@@ -408,11 +408,13 @@ def stored(
 # %% ../../nbs/data/09_cards.ipynb #af6fbae9
 def raw_rows(
     card:Card, # of the data set
-    split:str='', # the card's by default
-    streaming:bool=False, # nothing is downloaded ahead
+    split:str='', # the card's by default; of a path only if it holds several
+    streaming:bool=False, # from the hub, without downloading ahead
     path:str|Path|None=None, # JSONL, JSON, CSV, Parquet, or a folder that save_to_disk wrote; None: from the hub
 )->Iterator[tuple]: # (where it stands, row or RowError)
     "The rows of a data set as they are."
+    several = path and (Path(path)/'dataset_dict.json').exists()
+    if path and (streaming or split and not several): raise wrong('streaming' if streaming else 'split', f'given beside {path}', 'a path alone, it holds one split')
     split, where = split or card.split, path or card.id.get('huggingface')
     if not where: raise RowError(f'its id is known on {", ".join(card.id)} only; expected path=, a file or a folder of it', f'card {card.name}')
     suffix = {'.csv': 'csv', '.tsv': 'csv', '.parquet': 'parquet'}.get(Path(where).suffix) if path else None
