@@ -101,6 +101,7 @@ def test_loaded_and_written(tmp_path, root):
     stored = datasets.Dataset.from_list([{**r, 'image': str(root/'a.png')} for r in rows]).cast_column('image', datasets.Image())
     stored.to_parquet(tmp_path/'rows.parquet')
     stored.save_to_disk(tmp_path/'saved')
+    assert list(cards.stored(stored.to_iterable_dataset(), '')) == list(cards.stored(stored, ''))      # a stream: stored bytes too
     text = lambda d: [[(m.role, m.text) for m in s.messages] for s in d]
     first = cards.load('scienceqa', path=tmp_path/'rows.jsonl', root=root)
     for path in 'rows.parquet', 'saved':

@@ -414,7 +414,8 @@ def raw_rows(
 )->Iterator[tuple]: # (where it stands, row or RowError)
     "The rows of a data set as they are."
     several = path and (Path(path)/'dataset_dict.json').exists()
-    if path and (streaming or split and not several): raise wrong('streaming' if streaming else 'split', f'given beside {path}', 'a path alone, it holds one split')
+    if path and (streaming or split and not several):
+        raise wrong('streaming' if streaming else 'split', f'given beside {path}', 'a path alone, it holds one split')
     split, where = split or card.split, path or card.id.get('huggingface')
     if not where: raise RowError(f'its id is known on {", ".join(card.id)} only; expected path=, a file or a folder of it', f'card {card.name}')
     suffix = {'.csv': 'csv', '.tsv': 'csv', '.parquet': 'parquet'}.get(Path(where).suffix) if path else None
