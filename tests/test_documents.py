@@ -6,7 +6,7 @@ from PIL import Image
 
 FAMILIES = {'Qwen2.5-VL': (f.qwen2_5_vl, 'image'), 'Qwen3-VL': (f.qwen3_vl, 'image'), 'Gemma 3': (f.gemma3, 'image'), 'LLaVA-OneVision': (f.llava_onevision, 'image'),
             'InternVL': (f.internvl, 'image'), 'Idefics3': (f.idefics3, 'image'), 'Qwen2-Audio': (f.qwen2_audio, 'audio'), 'Qwen2.5-Omni': (f.qwen2_5_omni, 'audio')}
-CUT, WHOLE = {'Qwen2-Audio': f.qwen2_audio, 'Voxtral': f.voxtral, 'Qwen2.5-Omni': f.qwen2_5_omni}, {'Qwen3-Omni': f.qwen3_omni, 'Phi-4': f.phi4, 'Gemma 4': f.gemma4}
+CUT, WHOLE = {'Qwen2-Audio': f.qwen2_audio, 'Voxtral': f.voxtral_parts, 'Qwen2.5-Omni': f.qwen2_5_omni}, {'Qwen3-Omni': f.qwen3_omni, 'Phi-4': f.phi4, 'Gemma 4': f.gemma4}
 
 
 def encoder(make):

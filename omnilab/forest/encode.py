@@ -224,11 +224,13 @@ def check_heard(
     sample:Sample, # for messages
 ):
     "Refuse a sound whose end the processor leaves out."
-    for d in media:
-        if d.part.type != 'audio' or len(d.value) <= enc._heard: continue
+    sounds = [p for m in chat for p in m['content'] if p['type'] == 'audio']
+    for d, old in zip([d for d in media if d.part.type == 'audio'], sounds):
+        if len(d.value) <= enc._heard: continue
         end, rng = min(len(d.value), enc.rate // 10), np.random.default_rng(0)
-        wave = np.concatenate([d.value[:-end], rng.uniform(-.5, .5, end).astype(np.float32)])
-        other = process([{**m, 'content': [{**p, 'audio': wave} if p.get('audio') is d.value else p for p in m['content']]} for m in chat])
+        new = {**old, 'audio': np.concatenate([d.value[:-end], rng.uniform(-.5, .5, end).astype(np.float32)])}
+        if enc.own: new = packed(new, enc.rate)
+        other = process([{**m, 'content': [new if p is old else p for p in m['content']]} for m in chat])
         if other.keys() == tensors.keys() and all(torch.equal(v, other[k]) for k, v in tensors.items()):
             window = getattr(getattr(enc.processor, 'feature_extractor', None), 'n_samples', None)
             known = f' (its window is {window / enc.rate:g} s)' if window else ''
