@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['talk', 'probes', 'Finding', 'Report', 'within', 'encode_probes', 'check_tokens', 'alone', 'fresh', 'gradients',
-           'separate', 'packed', 'together', 'in_rows', 'far', 'by_part', 'check_forest', 'check_longer', 'check_reach',
-           'continued', 'together_logits', 'check_generation', 'check', 'draw_report']
+           'separate', 'packed', 'together', 'in_rows', 'far', 'by_part', 'in_float32', 'layouts', 'check_forest',
+           'check_longer', 'check_reach', 'continued', 'together_logits', 'check_generation', 'check', 'draw_report']
 
 # %% ../../nbs/train/07_check.ipynb #e0e7a531
 from collections.abc import Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from html import escape
 from typing import Any
@@ -154,7 +155,8 @@ def separate(
         for m in model.modules():
             if getattr(m, 'rope_deltas', None) is not None: m.rope_deltas = None
         at = row.target.nonzero()[:, 0].to(model.device)
-        inputs = {k: v.to(model.device) for k, v in alone(row, pad).items()}
+        cast = lambda v: v.to(model.device, model.dtype if v.is_floating_point() and v.dtype.itemsize < 4 else v.dtype)
+        inputs = {k: cast(v) for k, v in alone(row, pad).items()}
         x = model(**inputs, use_cache=False).logits[0, at - 1].float()
         nn.functional.cross_entropy(x, inputs['input_ids'][0, at], reduction='sum').backward()
         logits.append(x.detach())
@@ -217,31 +219,55 @@ def by_part(
     where, short = prefixes(base), lambda n: n.removeprefix('base_model.model.')
     return {g: d for g in GROUPS if (d := {n: v for n, v in grads.items() if group_of(short(n), where) == g})}
 
+# %% ../../nbs/train/07_check.ipynb #81032e24
+@contextmanager
+def in_float32(
+    model:nn.Module, # changed in place, and back to the bit
+):
+    "The same weights as float32."
+    low = [(t, t.dtype) for t in (*model.parameters(), *model.buffers()) if t.is_floating_point() and t.dtype.itemsize < 4]
+    for t, _ in low: t.data, t.grad = t.data.float(), None
+    try: yield low
+    finally:
+        for t, dtype in low: t.data, t.grad = t.data.to(dtype), None
+
+def layouts(
+    model:nn.Module, # in evaluation mode, gradients on
+    rows:list[Row], # some rows
+)->list[tuple]: # what `separate` gives; the first is the reference
+    "Ways of computing rows apart that should agree."
+    out = [separate(model, rows), separate(model, rows, pad=5)]
+    with in_float32(model) as low:
+        if low: out.append(separate(model, rows))
+    return out
+
 # %% ../../nbs/train/07_check.ipynb #9999a8b2
 def check_forest(
     model:nn.Module, # in evaluation mode, gradients on
     rows:list[Row], # some rows
+    noise:float=0., # that is known already
 )->tuple[list[Finding], float]: # what was found; the noise of logits
     "Is a forest the same as separate rows?"
-    ref, ref_grads = separate(model, rows)
-    other, other_grads = separate(model, rows, pad=5)
-    logits, grads, head, _ = together(model, rows)
+    (ref, ref_grads), *others = layouts(model, rows)
+    (logits, grads, head, _), known = together(model, rows), noise
     fine = max(1e-5, 4 * torch.finfo(model.dtype).eps)
     least = max(fine, 4e-4) if recurrent_layers(model) else fine     # where a node begins decides how the delta rule is cut into chunks
-    noise, out = far(other, ref), [within('head is caught', 'head', head, 0., fine)]
+    rounded = 2 * least if model.dtype.itemsize < 4 else least       # a sum over rows is rounded at other places
+    noise, out = max(noise, *(far(x, ref) for x, _ in others)), [within('head is caught', 'head', head, 0., fine)]
     for name in dict.fromkeys(r.origin for r in rows):
         mine = [i for i, r in enumerate(rows) if r.origin == name]
         out.append(within('logits: forest = rows', name, far([logits[i] for i in mine], [ref[i] for i in mine]), noise, least))
-    parts, others, got = (by_part(g, model) for g in (ref_grads, other_grads, grads))
+    parts, got, *others = (by_part(g, model) for g in (ref_grads, grads, *(g for _, g in others)))
     for g, d in parts.items():
         near = lambda x: far([x.get(g, {}).get(n, torch.zeros_like(v)) for n, v in d.items()], list(d.values()))
-        out.append(within('gradients: forest = rows', g, near(got), near(others), least))
+        out.append(within('gradients: forest = rows', g, near(got), max(known, *map(near, others)), rounded))
     return out, noise
 
 # %% ../../nbs/train/07_check.ipynb #3949a99b
 def check_longer(
     model:nn.Module, # in evaluation mode, gradients on
     enc:Encoder, # with its processor
+    noise:float=0., # of shorter rows
     most:int=512, # tokens; longer ones are not tried
 )->list[Finding]: # none where length doesn't matter
     "Are rows beyond a length at which the model changes exact, or refused?"
@@ -252,7 +278,7 @@ def check_longer(
         if n > most: say('not tried on so many tokens; a twin is asked for less'); continue
         pairs, refused = encode_probes([talk(name, long + 'what is this ?', 'one of them'), talk(name, long + 'how many ?', 'two')], enc)
         if refused: say(f'refused: {refused[0].note}'); continue
-        try: found, _ = check_forest(model, [r for r, _ in pairs])
+        try: found, _ = check_forest(model, [r for r, _ in pairs], noise)
         except ValueError as e: say(f'refused: {" ".join(str(e).split())}')
         else: out += [replace(f, part=f'{f.part}, rows beyond {n}') if f.part != name else f for f in found if f.what != 'head is caught']
     return out
@@ -262,16 +288,18 @@ def check_reach(
     model:nn.Module, # a generating model
     grads:dict[str, Tensor], # of rows of everything, name -> gradient
     frozen:Iterable[str]=(), # names of those that a run freezes
+    asked:Iterable[str]=('image', 'video', 'audio'), # modalities that the rows held
 )->list[Finding]: # one a part
     "Does a gradient reach every trainable parameter?"
     trained = by_part({n: p for n, p in model.named_parameters() if p.requires_grad}, model)
-    moves = {n for n, g in grads.items() if g.abs().max() > 0}
+    moves, media = {n for n, g in grads.items() if g.abs().max() > 0}, set(asked)
+    idles = {'vision': not media & {'image', 'video'}, 'audio': 'audio' not in media, 'projector': not media - {'text'}}
     out = []
     for part, params in trained.items():
         idle = [n for n in params if n not in moves]
         note = f'{len(params) - len(idle)} of {len(params)} parameters' + (f'; never: {", ".join(idle[:3])}{" …" if len(idle) > 3 else ""}' if idle else '')
         if n := len(params.keys() & set(frozen)): note += f'; {n} are frozen in a run on several processes'
-        out.append(Finding('gradient reaches', part, len(idle) < len(params), note=note))
+        out.append(Finding('gradient reaches', part, len(idle) < len(params) or idles.get(part, False), note=note))
     return out
 
 # %% ../../nbs/train/07_check.ipynb #de09df5f
@@ -317,12 +345,14 @@ def check(
     processor:Any, # its processor, or its tokenizer where it has no other
     name:str='', # for the report
     asked:tuple[str, ...]=('text', 'image', 'video', 'audio'), # modalities that rows may hold
+    answers:tuple[str, ...]|None=None, # modalities that answers may hold; None: the same
 )->Report:
     "Ask a model whether it can be trained as it is."
     enc, can = Encoder(processor, model), capabilities(model)
     takes = can['in'] if enc.takes_media else ('text',)                      # a tokenizer makes text only
     gives = can['out'] if hasattr(processor, 'parse') else ('text',)         # what no processor reads from tokens isn't an answer
-    pairs, findings = encode_probes(probes(*([k for k in kinds if k in asked] for kinds in (takes, gives))), enc)
+    some = [k for k in takes if k in asked], [k for k in gives if k in (asked if answers is None else answers)]
+    pairs, findings = encode_probes(probes(*some), enc)
     if not pairs: return Report(findings, name)
     rows = [r for r, _ in pairs]
     try:
@@ -330,7 +360,7 @@ def check(
         with evaluating(model), torch.enable_grad():
             found, noise = check_forest(model, rows)
             grads, (idle, _) = gradients(model), reach(Scorer(model, entropy=False), packed(model, rows))
-            findings += found + check_reach(model, grads, {n.removeprefix('model.') for n in idle}) + check_longer(model, enc)
+            findings += found + check_reach(model, grads, {n.removeprefix('model.') for n in idle}, some[0]) + check_longer(model, enc, noise)
         findings.append(check_generation(model, enc, pairs, noise))
     except Exception as e:                                                   # families raise anything; it is what was found
         kind = '' if type(e) is ValueError else f'{type(e).__name__}: '
