@@ -69,6 +69,24 @@ def test_refuses_what_follows_the_longest_row():
     assert report.ok and 'expected fewer than 256' in beyond.note
 
 
+def test_checks_weights_in_bfloat16(tmp_path):
+    "A twin that was saved, its experts chosen by scores that nearly tie: half precision is not taken for an error, and an error not for half precision."
+    import transformers
+    from omnilab.train.check import check
+    from omnilab.train.evaluate import CheckRecipe, open_checked
+    tok = tokenizer()
+    families.alive(families.small(transformers.Qwen3MoeConfig(**families.words(tok)))).save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+    m = open_checked(CheckRecipe(str(tmp_path), weights=True, dtype='bfloat16', device='cpu'))
+    kept = {n: p.clone() for n, p in m.model.state_dict().items()}
+    report = check(m.model, m.processor)
+    assert report.ok, '\n'.join(str(f.cells()) for f in report.findings if not f.ok)
+    assert all(p.equal(kept[n]) and p.dtype == kept[n].dtype for n, p in m.model.state_dict().items())
+    place = lambda layer, args: (args[0] + .05 * args[0].new_tensor(range(args[0].shape[1]))[:, None], *args[1:])
+    m.model.model.layers[0].register_forward_pre_hook(place)
+    assert {f.what for f in check(m.model, m.processor).findings if not f.ok} >= {'logits: forest = rows', 'gradients: forest = rows'}
+
+
 @pytest.mark.parametrize('config, more, why', [
     ('MambaConfig', {}, 'recurrent layer'),
     ('Lfm2Config', dict(layer_types=['conv', 'conv', 'full_attention', 'conv'] * 8), 'conv'),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CALL', 'FULL', 'CAUSAL', 'MASKED', 'BAND', 'BLOCK', 'visible', 'cost', 'triangle', 'join', 'tile', 'halves', 'narrow',
-           'Plan', 'plan', 'block_ends', 'restrict', 'tile_mask', 'draw_plan']
+           'Plan', 'node_runs', 'plan', 'block_ends', 'restrict', 'tile_mask', 'draw_plan']
 
 # %% ../../nbs/forest/01_plan.ipynb #d75e1bf5
 from dataclasses import dataclass, field
@@ -136,17 +136,27 @@ class Plan:
         if key not in self.views: self.views[key] = restrict(self, *key[:2], blocks if key[2] else None, bounded)
         return self.views[key]
 
-# %% ../../nbs/forest/01_plan.ipynb #9bd20e87
+# %% ../../nbs/forest/01_plan.ipynb #a5087e80
+def node_runs(
+    rule:Tensor, # end, depth, low and reach of every token, [4, n]
+)->Tensor: # start, stop, end of every node, [nodes, 3]
+    "The nodes of a row, read from its rule."
+    end, depth = rule[0], rule[1]
+    new = torch.ones(len(end), dtype=torch.bool)
+    new[1:] = (end[1:] != end[:-1]) | (depth[1:] != depth[:-1] + 1)
+    start = new.nonzero()[:, 0]
+    return torch.stack([start, torch.cat([start[1:], torch.tensor([len(end)])]), end[start]], 1)
+
 def plan(
     trees:list[Tree], # what lies in the row, in this order
     call:int=CALL, # cells that a kernel call costs; 0 gives the smallest area
 )->Plan: # for the row
     "The rectangles of a row of trees."
     starts = torch.tensor([0] + [len(t) for t in trees]).cumsum(0)
-    nodes = torch.cat([t.nodes[:, :3] + o for t, o in zip(trees, starts)])
-    tiles = torch.tensor(tile([tuple(x) for x in nodes.tolist()], call))
     end, depth = torch.cat([t.end + o for t, o in zip(trees, starts)]), torch.cat([t.depth for t in trees])
     rule = torch.stack([end, depth, torch.zeros_like(depth), torch.arange(len(depth))])
+    nodes = node_runs(rule)
+    tiles = torch.tensor(tile([tuple(x) for x in nodes.tolist()], call))
     spans = [r.span for t in trees for r in t.rows if r.target.any()] or [0]
     return Plan(nodes, tiles, rule, int(depth.max()) + 1, call=call, spans=(min(spans), max(spans)))
 

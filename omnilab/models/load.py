@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['QUANTIZED', 'BLOCK', 'LoadError', 'packaged', 'resolve', 'capabilities', 'Limits', 'ropes', 'limits', 'Loaded',
-           'answering', 'auto_class', 'read', 'left_whole', 'quantization', 'load']
+           'answering', 'auto_class', 'read', 'pick_device', 'left_whole', 'quantization', 'load']
 
 # %% ../../nbs/models/04_load.ipynb #c5915c3d
-import math
+import math, os
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -113,6 +113,15 @@ def read(
     source, local = resolve(name)
     try: return cls.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
     except OSError as e: raise LoadError(f'model {str(name)!r}: {" ".join(str(e).split())[:300]}') from e
+
+# %% ../../nbs/models/04_load.ipynb #8987bc09
+def pick_device(
+    name:str='auto', # auto, or a device
+)->str: # cpu, cuda:0, mps …
+    "The accelerator of this process if there is one, unless a device is named."
+    if name != 'auto': return name
+    if torch.cuda.is_available(): return f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    return 'mps' if torch.backends.mps.is_available() else 'cpu'
 
 # %% ../../nbs/models/04_load.ipynb #edafff21
 QUANTIZED = {'nf4': dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True), 'int8': dict(load_in_8bit=True)}

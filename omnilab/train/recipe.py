@@ -102,9 +102,10 @@ class SFTRecipe:
     output:str = opt(str(settings.paths.runs/'sft'), 'folder of the run')
     resume:bool = opt(True, 'go on from the last checkpoint in `output`, if there is one')
     dry_run:bool = opt(False, 'two steps, peak memory and rendered samples; nothing is written')
+    check:bool = opt(False, 'first ask a twin of the model whether it can be trained as it is, as `omnilab check` does; seconds')
 
 # %% ../../nbs/train/00_recipe.ipynb #50a7b3a9
-FREE = ('output', 'resume', 'dry_run', 'data.test', 'data.eval_rows', 'data.max_new_tokens',
+FREE = ('output', 'resume', 'dry_run', 'check', 'data.test', 'data.eval_rows', 'data.max_new_tokens',
         'train.eval_every', 'train.save_every', 'train.keep', 'train.tracker', 'train.device')
 
 # %% ../../nbs/train/00_recipe.ipynb #4cada7ad
