@@ -25,6 +25,7 @@ COMMANDS = {
     'eval': Command('score a model on rows with answers, by generation', 'omnilab.train.evaluate:main', ('model.name', 'data')),
     'infer': Command('put one question to a model: text, images, sounds and clips in and out', 'omnilab.train.evaluate:main_infer', ('model.name',)),
     'world': Command('write a data set of the procedural world: rows and media files', 'omnilab.cli:main_world', ('out',)),
+    'prepare': Command('look at a data set: rows, lengths, what is shared, what is wrong', 'omnilab.train.prepare:main', ('data',)),
     'check': Command('ask a model whether it can be trained as it is', 'omnilab.train.evaluate:main_check', ('name',)),
 }
 

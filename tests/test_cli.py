@@ -4,7 +4,7 @@ import json, re, shutil
 import pytest, yaml
 from conftest import ROOT, run
 
-COMMANDS = 'sft', 'eval', 'infer', 'world', 'check'
+COMMANDS = 'sft', 'eval', 'infer', 'world', 'prepare', 'check'
 
 
 def omnilab(*argv, **kw): return run(['-m', 'omnilab.cli', *argv], **kw)[0]
@@ -23,8 +23,9 @@ def mistake(*argv, **kw):
 def recipe_of(command):
     "The dataclass behind a command."
     from omnilab.cli import world_recipe
-    from omnilab.train import evaluate, recipe
-    return dict(sft=recipe.SFTRecipe, eval=evaluate.EvalRecipe, infer=evaluate.InferRecipe, check=evaluate.CheckRecipe, world=world_recipe())[command]
+    from omnilab.train import evaluate, prepare, recipe
+    return dict(prepare=prepare.PrepareRecipe,
+                sft=recipe.SFTRecipe, eval=evaluate.EvalRecipe, infer=evaluate.InferRecipe, check=evaluate.CheckRecipe, world=world_recipe())[command]
 
 
 @pytest.mark.parametrize('argv', [('--help',), *((c, '--help') for c in COMMANDS), ('sft', '--print-config')], ids=' '.join)
@@ -97,6 +98,8 @@ def test_words_without_names(command, words, wanted):
     (['eval', 'a', 'b', 'c'], "omnilab eval: 'c': expected NAME DATA"),
     (['infer', 'omni-tiny'], 'omnilab infer: nothing is asked; expected --text, --image, --audio or --video'),
     (['infer', 'omni-tiny', '--image', 'nowhere.png'], 'omnilab infer: nowhere.png'),
+    (['prepare'], 'omnilab prepare: no rows to look at; expected FILE, or --data FILE'),
+    (['prepare', 'no.jsonl'], 'omnilab prepare: no.jsonl: no such file; expected a file or folder of rows, or hf:NAME'),
     (['world'], 'omnilab world: --out FOLDER: not given'),
     (['world', 'w', '--split', 'tset'], "omnilab world: command line split = 'tset': expected train, test or novel"),
     (['world', 'w', '--tasks', 'fly'], 'omnilab world: world: tasks')], ids=lambda x: ' '.join(x) if isinstance(x, list) else '')
