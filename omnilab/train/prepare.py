@@ -27,7 +27,7 @@ class PrepareRecipe:
     show:Count = opt(20, 'problems that are printed')
 
 # %% ../../nbs/train/10_prepare.ipynb #ae012af0
-@dataclass
+@dataclass(repr=False)
 class Prepared:
     "What a data set holds."
     name:str                # of the data set
@@ -38,11 +38,11 @@ class Prepared:
     trained:int             # of these tokens
     origins:list            # place of every row, [n]
     shared:int              # tokens of the trees that the rows make
-    problems:list           # `Problem`s
+    problems:list           # `Problems`
     show:int = field(default=20, repr=False) # problems that are printed
     @property
     def ok(self)->bool: return not self.problems
-    def __str__(self): return '\n'.join(told(self))
+    def __repr__(self): return '\n'.join(told(self))
     def draw(self, ax): return draw_lengths(self, ax)
 
 def kind_of(
@@ -73,15 +73,15 @@ def look(
     show:int=20, # problems that are printed
 )->Prepared:
     "Count what a data set holds."
-    from omnilab.data.samples import Problem
+    from omnilab.data.samples import Problem, Problems
     from omnilab.forest.tree import forest
     rows, bad = encoded(samples, loaded, turns)
     long = [Problem(r.origin, '', f'{len(r)} tokens; expected at most max_length={max_length}') for r in rows if max_length and len(r) > max_length]
     parts = [p for s in samples for p in s.parts]
-    shared = sum(map(len, forest(rows, max_length=max_length or None))) if rows else 0
+    shared = sum(map(len, forest(rows, max_length=max_length or None)))
     lengths = np.array([len(r) for r in rows], dtype=int)
     return Prepared(name, loaded.name.removeprefix('twin of '), Counter(map(kind_of, samples)), Counter(p.type for p in parts if p.type in MEDIA), lengths,
-                    sum(int(r.target.sum()) for r in rows), [r.origin for r in rows], shared, [*samples.problems, *bad, *long], show)
+                    sum(int(r.target.sum()) for r in rows), [r.origin for r in rows], shared, Problems([*samples.problems, *bad, *long]), show)
 
 # %% ../../nbs/train/10_prepare.ipynb #964c2686
 def histogram(
