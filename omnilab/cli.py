@@ -26,6 +26,7 @@ COMMANDS = {
     'infer': Command('put one question to a model: text, images, sounds and clips in and out', 'omnilab.train.evaluate:main_infer', ('model.name',)),
     'world': Command('write a data set of the procedural world: rows and media files', 'omnilab.cli:main_world', ('out',)),
     'data': Command('list public data sets, show the card of one, or write its rows to a file', 'omnilab.cli:main_data', ('do', 'name')),
+    'prepare': Command('look at a data set: rows, lengths, what is shared, what is wrong', 'omnilab.train.prepare:main', ('data',)),
     'check': Command('ask a model whether it can be trained as it is', 'omnilab.train.evaluate:main_check', ('name',)),
 }
 

@@ -4,7 +4,7 @@ import json, re, shutil
 import pytest, yaml
 from conftest import ROOT, run
 
-COMMANDS = 'sft', 'eval', 'infer', 'world', 'data', 'check'
+COMMANDS = 'sft', 'eval', 'infer', 'world', 'data', 'prepare', 'check'
 
 
 def omnilab(*argv, **kw): return run(['-m', 'omnilab.cli', *argv], **kw)[0]
@@ -23,8 +23,8 @@ def mistake(*argv, **kw):
 def recipe_of(command):
     "The dataclass behind a command."
     from omnilab.cli import data_recipe, world_recipe
-    from omnilab.train import evaluate, recipe
-    return dict(sft=recipe.SFTRecipe, eval=evaluate.EvalRecipe, infer=evaluate.InferRecipe, check=evaluate.CheckRecipe,
+    from omnilab.train import evaluate, prepare, recipe
+    return dict(sft=recipe.SFTRecipe, eval=evaluate.EvalRecipe, infer=evaluate.InferRecipe, check=evaluate.CheckRecipe, prepare=prepare.PrepareRecipe,
                 world=world_recipe(), data=data_recipe())[command]
 
 
@@ -98,6 +98,8 @@ def test_words_without_names(command, words, wanted):
     (['eval', 'a', 'b', 'c'], "omnilab eval: 'c': expected NAME DATA"),
     (['infer', 'omni-tiny'], 'omnilab infer: nothing is asked; expected --text, --image, --audio or --video'),
     (['infer', 'omni-tiny', '--image', 'nowhere.png'], 'omnilab infer: nowhere.png'),
+    (['prepare'], 'omnilab prepare: no rows to look at; expected FILE, or --data FILE'),
+    (['prepare', 'no.jsonl'], 'omnilab prepare: no.jsonl: no such file; expected a file or folder of rows, or hf:NAME'),
     (['world'], 'omnilab world: --out FOLDER: not given'),
     (['world', 'w', '--split', 'tset'], "omnilab world: command line split = 'tset': expected train, test or novel"),
     (['world', 'w', '--tasks', 'fly'], 'omnilab world: world: tasks')], ids=lambda x: ' '.join(x) if isinstance(x, list) else '')

@@ -4,9 +4,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-FAMILIES = {'Qwen2.5-VL': (f.qwen2_5_vl, 'image'), 'Qwen3-VL': (f.qwen3_vl, 'image'), 'Gemma 3': (f.gemma3, 'image'), 'LLaVA-OneVision': (f.llava_onevision, 'image'),
-            'InternVL': (f.internvl, 'image'), 'Idefics3': (f.idefics3, 'image'), 'Qwen2-Audio': (f.qwen2_audio, 'audio'), 'Qwen2.5-Omni': (f.qwen2_5_omni, 'audio')}
-CUT, WHOLE = {'Qwen2-Audio': f.qwen2_audio, 'Voxtral': f.voxtral_parts, 'Qwen2.5-Omni': f.qwen2_5_omni}, {'Qwen3-Omni': f.qwen3_omni, 'Phi-4': f.phi4, 'Gemma 4': f.gemma4}
+FAMILIES = {'Qwen2.5-VL': (f.qwen2_5_vl, 'image'), 'Qwen3-VL': (f.qwen3_vl, 'image'),
+            'Gemma 3': (f.gemma3, 'image'), 'LLaVA-OneVision': (f.llava_onevision, 'image'),
+            'InternVL': (f.internvl, 'image'),
+            'Idefics3': (f.idefics3, 'image'), 'Qwen2-Audio': (f.qwen2_audio, 'audio'), 'Qwen2.5-Omni': (f.qwen2_5_omni, 'audio')}
+CUT = {'Qwen2-Audio': f.qwen2_audio, 'Voxtral': f.voxtral_parts, 'Qwen2.5-Omni': f.qwen2_5_omni}
+WHOLE = {'Qwen3-Omni': f.qwen3_omni, 'Phi-4': f.phi4, 'Gemma 4': f.gemma4}
 
 
 def encoder(make):
@@ -49,8 +52,8 @@ def test_a_sound_longer_than_the_window_is_refused(make):
     from omnilab.forest.template import EncodeError
     enc = encoder(make)
     assert len(encode(question(2), enc)) == 1
-    with pytest.raises(EncodeError, match=r'a.jsonl:1 messages\[1\]: a sound of 2.5 s, whose end .* leaves out \(its window is 2 s\); expected one that is heard whole'):
-        encode(question(2.5), enc)
+    line = r'a.jsonl:1 messages\[1\]: a sound of 2.5 s, whose end .* leaves out \(its window is 2 s\); expected one that is heard whole'
+    with pytest.raises(EncodeError, match=line): encode(question(2.5), enc)
     assert len(encode(question(1.5), enc)) == 1
 
 
