@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'STRATEGIES', 'COLOR', 'BODY', 'THIN', 'GAP', 'TALL', 'Spans', 'codes', 'spans', 'Bars', 'lay', 'rebin',
-           'padded', 'costs', 'rgb', 'mean_colors', 'paints', 'picture', 'cuts', 'overview', 'draw_costs', 'in_words',
-           'draw_packs']
+           'padded', 'costs', 'rgb', 'mean_colors', 'paints', 'strong', 'cuts', 'picture', 'overview', 'draw_costs',
+           'in_words', 'draw_packs']
 
 # %% ../../nbs/forest/11_packs_view.ipynb #725e05d5
 from collections.abc import Callable
@@ -168,6 +168,28 @@ def paints(
     kind = np.stack([solid(k) for k in KINDS])[spans.kind]
     return dict(kind=kind, **{k: getattr(spans, k)[:, None] * solid(k) for k in ('learned', 'shared')})
 
+# %% ../../nbs/forest/11_packs_view.ipynb #5ed0d059
+def strong(
+    paint:np.ndarray, # colour times opacity, and opacity, [..., 4]
+)->np.ndarray: # the same, at least half opaque where there is anything
+    "A thin track says where something is, more than how much."
+    a = paint[..., 3:]
+    return np.where(a > 1e-6, paint * np.maximum(a, .5) / np.maximum(a, 1e-6), 0)
+
+def cuts(
+    bars:Bars, # packs
+    base:np.ndarray, # place of each shown bin's first token, [n]
+    low:int, # first token shown
+    high:int, # one past the last
+    width:int, # pixels
+): # yields (row, column) where a tree begins that has room
+    "Where trees begin."
+    for i, at in enumerate(base):
+        start = bars.start[bars.bins[at // bars.max_length]] - at                 # of the trees in it, rising
+        column = (start - low) * width // (high - low)
+        keep = (np.diff(column, prepend=-width) >= 4) & (start > low) & (start < high)
+        yield np.full(keep.sum(), i), column[keep]
+
 # %% ../../nbs/forest/11_packs_view.ipynb #591b5128
 BODY, THIN, GAP = 12, 4, 4                          # pixels of a bar: its broad track, each thin one, and below
 TALL = BODY + 2 * THIN + GAP                        # from one bar to the next
@@ -186,24 +208,10 @@ def picture(
     for cut, column in cuts(bars, base[:, 0], low, high, width): tracks['kind'][cut, column] = 0
     out = np.zeros((len(base), TALL, width, 4))
     out[:, :BODY] = tracks['kind'][:, None]
-    out[:, BODY + 1:BODY + THIN] = tracks['learned'][:, None]
-    out[:, BODY + THIN + 1:BODY + 2 * THIN] = tracks['shared'][:, None]
+    out[:, BODY + 1:BODY + THIN] = strong(tracks['learned'])[:, None]
+    out[:, BODY + THIN + 1:BODY + 2 * THIN] = strong(tracks['shared'])[:, None]
     out[..., :3] /= np.maximum(out[..., 3:], 1e-9)                              # PNG holds colour apart from opacity
     return (out * 255).round().astype(np.uint8).reshape(-1, width, 4)
-
-def cuts(
-    bars:Bars, # packs
-    base:np.ndarray, # place of each shown bin's first token, [n]
-    low:int, # first token shown
-    high:int, # one past the last
-    width:int, # pixels
-): # yields (row, column) where a tree begins that has room
-    "Where trees begin."
-    for i, at in enumerate(base):
-        start = bars.start[bars.bins[at // bars.max_length]] - at                 # of the trees in it, rising
-        column = (start - low) * width // (high - low)
-        keep = (np.diff(column, prepend=-width) >= 4) & (start > low) & (start < high)
-        yield np.full(keep.sum(), i), column[keep]
 
 # %% ../../nbs/forest/11_packs_view.ipynb #d8ac59df
 def overview(
@@ -260,7 +268,8 @@ def draw_packs(
     draw_costs(cost, top)
     top.set_title(in_words(cost), fontsize=9, loc='left')
     if len(bars): ax.imshow(picture(bars, 0, n, 1400), aspect='auto', interpolation='antialiased', extent=(0, bars.max_length, n, 0))
-    ax.set(yticks=np.arange(n) + BODY / 2 / TALL, yticklabels=range(n), xlabel='tokens', ylabel='pack' if n == len(bars) else f'pack (first {n} of {len(bars):,})')
+    ax.set(yticks=np.arange(n) + BODY / 2 / TALL, yticklabels=range(n))
+    ax.set_xlabel('tokens', fontsize=8); ax.set_ylabel('pack' if n == len(bars) else f'pack (first {n} of {len(bars):,})', fontsize=8)
     ax.spines[:].set_visible(False); ax.tick_params(labelsize=7, length=0); ax.xaxis.set_major_formatter('{x:,.0f}')
     there = [k for i, k in enumerate(KINDS) if (bars.spans.kind == i).any()] + [k for k in ('learned', 'shared') if getattr(bars.spans, k).any()]
     names = dict(learned='learned', shared='shared by rows')
