@@ -296,8 +296,8 @@ def draw_attention(
     ax.imshow(paint(cell, base.nodes, at), extent=(0, n, n, 0), interpolation='nearest')
     outline(ax, base.nodes)
     if focus is not None: ax.add_patch(Rectangle((0, focus), n, 1, fc='none', ec=INK, lw=1))
-    said = f'{n} tokens: {pairs(view)} of {n * n} pairs are looked at'
-    if focus is not None: said += f', {int(view.visible(torch.tensor([focus])).sum())} by token {focus}'
+    said = f'{n:,} tokens: {pairs(view):,} of {n * n:,} pairs are looked at'
+    if focus is not None: said += f', {int(view.visible(torch.tensor([focus])).sum()):,} by token {focus}'
     ax.set(xlabel='key', ylabel='query', xlim=(-.01 * n, 1.01 * n), ylim=(1.01 * n, -.01 * n))
     ax.set_title(said, fontsize=9, loc='left'); ax.spines[:].set_visible(False)
     key(ax, cell)
@@ -328,11 +328,11 @@ def view(
 ): # a widget: sliders over a picture
     "A picture that follows its sliders."
     import ipywidgets as w
-    picture = w.Image(format='png')
+    picture = w.Image(format='png', layout={'max_width': '100%', 'align_self': 'flex-start'})
     def show(*_): picture.value = png(draw(**{k: s.value for k, s in sliders.items()}))
     for s in sliders.values(): s.observe(show, 'value')
     show()
-    return w.VBox([w.HBox(list(sliders.values())), picture])
+    return w.VBox([w.HBox([s for s in sliders.values() if s.max > s.min]), picture])
 
 def slider(name:str, high:int, low:int=0, value:int|None=None): # an integer slider, wide enough for its name
     import ipywidgets as w

@@ -134,7 +134,7 @@ def tip(
     s, t, r = bars.spans, trees[spot.tree], spot.run
     kind, n = KINDS[s.kind[r]], int(s.tokens[r])
     what = ['learned' if s.learned[r] else 'read only'] + ['shared by rows'] * bool(s.shared[r])
-    head = f'<b>pack {spot.pack}, token {spot.place:,}</b> · tree {spot.tree} of {len(t):,} tokens, {len(t.rows)} row{"s" * (len(t.rows) > 1)}'
+    head = f'<b>pack {spot.pack}, token {spot.place:,}</b><br>tree {spot.tree}: {len(t):,} tokens, {len(t.rows)} row{"s" * (len(t.rows) > 1)}'
     line = f'<i style="background:{COLOR[kind]}"></i>{n:,} token{"s" * (n > 1)} of {kind}, {", ".join(what)}'
     shown = (show(r) if show else media_html(trees, s, r)) if kind in MEDIA else ''
     shown = shown or f'<q>{around(t, (int(s.at[r]), int(s.at[r]) + n), spot.at, tokenizer)}</q>'
@@ -203,7 +203,8 @@ function render({ model, el }) {
   const next = () => { if (ask && !waits) { waits = true; model.send({ kind: 'hover', ...ask }); ask = null; } };
   bars.onmousemove = e => {
     const r = el.getBoundingClientRect(), x = e.clientX - r.left;
-    Object.assign(tip.style, { left: `${Math.min(x + 14, r.width - 330)}px`, top: `${e.clientY - r.top + 22}px` });
+    const y = e.clientY - r.top, up = y > bars.offsetTop + bars.offsetHeight / 2;                // above the mouse where there is less room below
+    Object.assign(tip.style, { left: `${Math.min(x + 14, r.width - 350)}px`, top: up ? '' : `${y + 20}px`, bottom: up ? `${r.height - y + 12}px` : '' });
     ask = place(e); next();
   };
   bars.onmouseleave = () => { ask = null; tip.hidden = true; };
@@ -245,7 +246,7 @@ MOVES = """
 .omnilab-packs .bars > b { position: absolute; box-sizing: border-box; border: 2px solid currentColor; border-radius: 3px; pointer-events: none }
 .omnilab-packs .axis { position: relative; height: 18px; margin: 2px 40px 0 46px; font-size: 10px; opacity: .75 }
 .omnilab-packs .axis span { position: absolute; transform: translateX(-50%) } .omnilab-packs .axis em { position: absolute; right: -40px }
-.omnilab-packs .tip { position: absolute; z-index: 9; width: 300px; padding: 8px 10px; pointer-events: none; overflow: hidden; border-radius: 6px;
+.omnilab-packs .tip { position: absolute; z-index: 9; width: 320px; padding: 8px 10px; pointer-events: none; overflow: hidden; border-radius: 6px;
   color: var(--jp-content-font-color1, CanvasText); background: var(--jp-layout-color1, Canvas); border: 1px solid var(--jp-border-color1, #8888); box-shadow: 0 3px 14px #0005 }
 .omnilab-packs .tip[hidden] { display: none } .omnilab-packs .tip div { margin: 6px 0 4px } .omnilab-packs .tip q { quotes: none; white-space: pre-wrap; overflow-wrap: anywhere }
 .omnilab-packs .tip mark { background: #e69f00; color: #000; border-radius: 2px } .omnilab-packs .tip small { opacity: .7 } .omnilab-packs .tip img { margin-right: 2px; border-radius: 3px }
@@ -288,11 +289,13 @@ class Inspector(w.VBox):
         strategies:dict=STRATEGIES, # name -> function of (lengths, max_length)
         many:int=16, # packs on the page
     ):
-        self.trees, self.bars, self.tokenizer, self.strategies, self.many, self.spot, n = trees, bars, tokenizer, strategies, many, None, bars.max_length
+        self.trees, self.bars, self.tokenizer, self.strategies, self.many, self.spot = trees, bars, tokenizer, strategies, many, None
         self.shown = lru_cache(200)(lambda run: media_html(trees, bars.spans, run))
-        self.length = control(w.IntSlider, 'max_length', min=steps(n), max=4 * n, value=n, step=steps(n))
+        n, step = bars.max_length, steps(bars.max_length)
+        self.length = control(w.IntSlider, 'max_length', min=step, max=4 * n, value=n, step=step)
         self.strategy = w.Dropdown(options=list(strategies), description='strategy', layout={'width': '200px'})
-        self.batch, self.zoom = control(w.IntSlider, 'naive batch', min=1, max=64, value=batch), control(w.IntRangeSlider, 'part shown, %', min=0, max=100, value=(0, 100))
+        self.batch = control(w.IntSlider, 'naive batch', min=1, max=64, value=batch)
+        self.zoom = control(w.IntRangeSlider, 'part shown, %', min=0, max=100, value=(0, 100))
         self.picture, self.tabs = Picture(), w.Tab(layout={'display': 'none'})
         super().__init__([w.HBox([self.length, self.strategy, self.batch, self.zoom], layout={'flex_flow': 'row wrap'}), self.picture, self.tabs])
         for x in (self.length, self.strategy): x.observe(self.rebin, 'value')
@@ -311,7 +314,8 @@ class Inspector(w.VBox):
         b, p, n = self.bars, self.picture, self.bars.max_length
         first, low = max(0, min(p.first, len(b) - self.many)), n * self.zoom.value[0] // 100
         high = max(low + 1, n * self.zoom.value[1] // 100)
-        picked = (-1, 0, 0) if self.spot is None else (self.spot.pack, *(int(b.start[self.spot.tree]) - self.spot.pack * n + x for x in (0, len(self.trees[self.spot.tree]))))
+        picked = (-1, 0, 0)                                                         # pack, first token, one past the last
+        if (s := self.spot): picked = (s.pack, s.place - s.at, s.place - s.at + len(self.trees[s.tree]))
         with p.hold_sync():
             p.costs, p.whole = costs_html(costs(b, self.batch.value)), data_uri(overview(b, p.width))
             p.page = data_uri(picture(b, first, self.many, p.width, (low, high)))
