@@ -8,7 +8,7 @@ __all__ = ['WORD', 'MEDIA', 'TRAINED', 'FILL', 'ONE', 'MANY', 'INK', 'MORE', 'HI
            'branch_lines', 'draw_tree', 'to_plan', 'cells', 'paint', 'grid', 'pairs', 'outline', 'draw_attention',
            'key', 'png', 'view', 'slider', 'tree_view', 'attention_view']
 
-# %% ../../nbs/forest/10_inspect.ipynb #8c833893
+# %% ../../nbs/forest/10_inspect.ipynb #76098ae2
 import io
 from itertools import groupby
 import numpy as np
@@ -19,7 +19,7 @@ from .encode import placeholders
 from .plan import Plan, plan, visible
 from .tree import Tree
 
-# %% ../../nbs/forest/10_inspect.ipynb #43659c76
+# %% ../../nbs/forest/10_inspect.ipynb #74a49dbe
 def rows_through(
     tree:Tree, # rows merged
 )->Tensor: # in how many rows each token is, [n]
@@ -27,7 +27,7 @@ def rows_through(
     last, t = tree.last.sort().values, torch.arange(len(tree))                  # rows that end at t or below its node pass t
     return torch.searchsorted(last, tree.end) - torch.searchsorted(last, t)
 
-# %% ../../nbs/forest/10_inspect.ipynb #8c86be54
+# %% ../../nbs/forest/10_inspect.ipynb #87299ed8
 WORD, MEDIA, TRAINED = range(3)
 FILL = {WORD: '#f4f4f4', MEDIA: '#c8e8cf', TRAINED: '#ffd8a3'}       # of a token by its kind
 ONE, MANY, INK = '#cccccc', '#3d86d0', '#222222'                     # edge of a token of one row, of several rows, and of the one in focus
@@ -43,7 +43,7 @@ def kinds(
     out[tree.at] = TRAINED
     return out
 
-# %% ../../nbs/forest/10_inspect.ipynb #7083071d
+# %% ../../nbs/forest/10_inspect.ipynb #41b207d9
 def sees(
     tree:Tree, # rows merged
     focus:int, # a token
@@ -54,7 +54,7 @@ def sees(
     low = tree.depth - window + 1 if window else None
     return visible(tree.end, tree.depth, low, tree.reach, torch.tensor([focus]))[0]
 
-# %% ../../nbs/forest/10_inspect.ipynb #34235c17
+# %% ../../nbs/forest/10_inspect.ipynb #2151e912
 def spell(
     tokenizer, # has `decode`, or is a function id -> text; None: the ids
 ): # a function id -> text
@@ -98,7 +98,7 @@ def fold(
         out += group[:keep] + many(middle[:here]) + middle[here:here + 1] + many(middle[here + 1:]) + group[max(keep, len(group) - keep):]
     return out
 
-# %% ../../nbs/forest/10_inspect.ipynb #796fd1ce
+# %% ../../nbs/forest/10_inspect.ipynb #89a1781b
 def flow(
     tree:Tree, # rows merged
     parts:list[tuple], # first token, one past the last, text
@@ -122,7 +122,7 @@ def flow(
         x += len(text) + 1.6 + (len(mark) + 1.6 if mark else 0)
     return places, heads
 
-# %% ../../nbs/forest/10_inspect.ipynb #a39ce09b
+# %% ../../nbs/forest/10_inspect.ipynb #7e53cf78
 def describe(
     tree:Tree, # rows merged
     focus:int, # a token
@@ -136,7 +136,7 @@ def describe(
     return (f'token {focus} {spelled(int(tree.ids[focus]))!r}: depth {int(tree.depth[focus])}, sees {int(seen.sum())} of {len(tree)} tokens, '
             f'in {n} row{"s" * (n > 1)}{learned}')
 
-# %% ../../nbs/forest/10_inspect.ipynb #b32de207
+# %% ../../nbs/forest/10_inspect.ipynb #4919a32d
 def page(
     width:float, # letters
     lines:float, # lines
@@ -162,7 +162,7 @@ def box(
     ax.add_patch(FancyBboxPatch((x - .1, y - .32), len(text) + .2, .64, boxstyle='round,pad=.1,rounding_size=.3', mutation_aspect=.35, **look))
     ax.text(x + len(text) / 2, y, text, size=size, family='monospace', ha='center', va='center_baseline', color=INK, alpha=look.get('alpha'))
 
-# %% ../../nbs/forest/10_inspect.ipynb #b2eebba8
+# %% ../../nbs/forest/10_inspect.ipynb #37fffa90
 def legend(ax, y:float): # one line of boxes on a page
     "What fills and edges mean."
     x = 0
@@ -180,7 +180,7 @@ def branch_lines(
     for (x, y), p in zip(heads, parents):
         if p >= 0: ax.plot([heads[p][0] + 1, heads[p][0] + 1, x - .5], [heads[p][1] + .45, y, y], c='.6', lw=1, zorder=0, solid_joinstyle='round')
 
-# %% ../../nbs/forest/10_inspect.ipynb #b81a2a61
+# %% ../../nbs/forest/10_inspect.ipynb #c884db8d
 def draw_tree(
     tree:Tree, # rows merged
     tokenizer=None, # a processor or tokenizer, or a function id -> text; None: ids
@@ -205,7 +205,7 @@ def draw_tree(
     if focus is not None: ax.text(0, places[-1][1] + 2.7, describe(tree, focus, seen, spelled), size=8, va='center_baseline', color=INK)
     return fig
 
-# %% ../../nbs/forest/10_inspect.ipynb #be913dff
+# %% ../../nbs/forest/10_inspect.ipynb #004b2f12
 def to_plan(
     x:Tree|Pack|Plan, # anything with attention
 )->Plan:
@@ -228,7 +228,7 @@ def cells(
     out[seen & (t > t[:, None])] = BOTH
     return out
 
-# %% ../../nbs/forest/10_inspect.ipynb #6dd89ad7
+# %% ../../nbs/forest/10_inspect.ipynb #e801a2d9
 def paint(
     cell:Tensor, # what `cells` gives, [n, n]
     nodes:Tensor, # start, stop, end of every node, [nodes, 3]
@@ -260,7 +260,7 @@ def pairs(
     "How many pairs of a query and a key are looked at."
     return sum(int(view.visible(q).sum()) for q in torch.arange(len(view)).split(strip))
 
-# %% ../../nbs/forest/10_inspect.ipynb #0f8e6321
+# %% ../../nbs/forest/10_inspect.ipynb #8202c105
 def outline(
     ax, # with one unit a token
     nodes:Tensor, # start, stop, end of every node, [nodes, 3]
@@ -275,7 +275,7 @@ def outline(
             if e > b: ax.add_patch(Rectangle((a, b), b - a, e - b, fc='none', ec='w', lw=.8))
         if a >= done: ax.add_patch(Rectangle((a, a), e - a, e - a, fc='none', ec='.55', lw=.8, ls=(0, (3, 2)))); done = e
 
-# %% ../../nbs/forest/10_inspect.ipynb #37e1d49b
+# %% ../../nbs/forest/10_inspect.ipynb #4a8b744f
 def draw_attention(
     x:Tree|Pack|Plan, # whose attention
     window:int|None=None, # keys that a query sees, itself included
@@ -303,7 +303,7 @@ def draw_attention(
     key(ax, cell)
     return fig
 
-# %% ../../nbs/forest/10_inspect.ipynb #0b7c2495
+# %% ../../nbs/forest/10_inspect.ipynb #b1aeb7c3
 def key(
     ax, # of an attention picture
     cell:Tensor, # what it shows, [n, n]
@@ -315,7 +315,7 @@ def key(
     there.append(Patch(fc='w', ec='.55', ls='--', label='a tree'))
     ax.legend(handles=there, title='a query sees', alignment='left', loc='upper left', bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8, title_fontsize=8)
 
-# %% ../../nbs/forest/10_inspect.ipynb #13c24da5
+# %% ../../nbs/forest/10_inspect.ipynb #4b4407b5
 def png(fig)->bytes: # of a figure
     "A figure as a picture file."
     out = io.BytesIO()
@@ -338,7 +338,7 @@ def slider(name:str, high:int, low:int=0, value:int|None=None): # an integer sli
     import ipywidgets as w
     return w.IntSlider(value=low if value is None else value, min=low, max=high, description=name, continuous_update=False)
 
-# %% ../../nbs/forest/10_inspect.ipynb #7a2263ce
+# %% ../../nbs/forest/10_inspect.ipynb #de09e538
 def tree_view(
     trees:list[Tree], # to choose from
     tokenizer=None, # see `draw_tree`

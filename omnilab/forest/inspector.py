@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAGE', 'MOUSE', 'STYLE', 'MOVES', 'Spot', 'find', 'text_of', 'around', 'media_of', 'small', 'waves', 'thumbnail',
-           'media_html', 'tip', 'data_uri', 'legend_html', 'costs_html', 'Picture', 'control', 'steps', 'Inspector']
+           'media_html', 'tip', 'data_uri', 'legend_html', 'costs_html', 'Picture', 'control', 'steps', 'controls',
+           'Inspector']
 
 # %% ../../nbs/forest/12_inspector.ipynb #6aa6ed07
 import base64, io
@@ -194,8 +195,7 @@ function update(el, model) {
 MOUSE = """
 function render({ model, el }) {
   el.classList.add('omnilab-packs'); el.innerHTML = HTML;
-  const bars = el.querySelector('.bars'), all = el.querySelector('.all'), tip = el.querySelector('.tip');
-  let ask = null, waits = false;
+  const bars = el.querySelector('.bars'), all = el.querySelector('.all'), tip = el.querySelector('.tip'); let ask = null, waits = false;
   const place = e => {
     const r = bars.getBoundingClientRect(), s = model.get('scale');
     return { pack: s.first + Math.floor((e.clientY - r.top) / s.tall), token: Math.floor(s.low + (e.clientX - r.left) / r.width * (s.high - s.low)) };
@@ -225,37 +225,48 @@ export default { render };
 
 # %% ../../nbs/forest/12_inspector.ipynb #9d706116
 STYLE = """
-.omnilab-packs { position: relative; font: 12px/1.4 var(--jp-ui-font-family, system-ui, sans-serif); color: var(--jp-content-font-color1, currentColor); padding: 4px 0 }
+.omnilab-packs { position: relative; font: 12px/1.4 var(--jp-ui-font-family, system-ui, sans-serif);
+  color: var(--jp-content-font-color1, currentColor); padding: 4px 0 }
 .omnilab-packs h4 { margin: 0 0 6px; font-size: 13px; font-weight: 600 }
 .omnilab-packs p { margin: 2px 0; display: flex; align-items: center; white-space: pre }
 .omnilab-packs p label { width: 190px; flex: none }
-.omnilab-packs .costs i { height: 12px; background: #a9b6c0; flex: none }
-.omnilab-packs .costs u { height: 10px; border: 1px solid #a9b6c0; background: repeating-linear-gradient(135deg, #a9b6c0 0 1px, transparent 1px 5px); flex: none; margin-right: 6px }
+.omnilab-packs .costs i { height: 12px; background: var(--words); flex: none }
+.omnilab-packs .costs u { height: 10px; border: 1px solid var(--words);
+  background: repeating-linear-gradient(135deg, var(--words) 0 1px, transparent 1px 5px); flex: none; margin-right: 6px }
 .omnilab-packs .legend { margin: 10px 0 8px } .omnilab-packs .legend span { margin-right: 18px; display: inline-flex; align-items: center }
-.omnilab-packs .legend i, .omnilab-packs .tip i { width: 12px; height: 12px; margin-right: 6px; border-radius: 2px; display: inline-block; vertical-align: -1px }
+.omnilab-packs .legend i, .omnilab-packs .tip i { width: 12px; height: 12px; margin-right: 6px; border-radius: 2px; display: inline-block;
+  vertical-align: -1px }
 """
 
 # %% ../../nbs/forest/12_inspector.ipynb #7bf32b4c
 MOVES = """
 .omnilab-packs .all { position: relative; height: 64px; margin-left: 46px; cursor: grab; touch-action: none }
 .omnilab-packs .all img { width: 100%; height: 100%; display: block; user-select: none }
-.omnilab-packs b { font-weight: 600 } .omnilab-packs .all > b { position: absolute; top: -3px; bottom: -3px; min-width: 3px; border: 1.5px solid currentColor; border-radius: 3px }
-.omnilab-packs .page { display: flex; margin-top: 12px } .omnilab-packs ol { width: 40px; margin: 0 6px 0 0; padding: 0; list-style: none; text-align: right }
+.omnilab-packs b { font-weight: 600 }
+.omnilab-packs .all > b { position: absolute; top: -3px; bottom: -3px; min-width: 3px; border: 1.5px solid currentColor; border-radius: 3px }
+.omnilab-packs .page { display: flex; margin-top: 12px }
+.omnilab-packs ol { width: 40px; margin: 0 6px 0 0; padding: 0; list-style: none; text-align: right }
 .omnilab-packs li { line-height: 12px; font-size: 10px; opacity: .75; margin: 0 }
-.omnilab-packs .bars { position: relative; flex: 1; cursor: crosshair; overflow: hidden } .omnilab-packs .bars img { width: 100%; display: block; user-select: none }
+.omnilab-packs .bars { position: relative; flex: 1; cursor: crosshair } .omnilab-packs .bars img { width: 100%; display: block; user-select: none }
 .omnilab-packs .bars > b { position: absolute; box-sizing: border-box; border: 2px solid currentColor; border-radius: 3px; pointer-events: none }
 .omnilab-packs .axis { position: relative; height: 18px; margin: 2px 40px 0 46px; font-size: 10px; opacity: .75 }
 .omnilab-packs .axis span { position: absolute; transform: translateX(-50%) } .omnilab-packs .axis em { position: absolute; right: -40px }
 .omnilab-packs .tip { position: absolute; z-index: 9; width: 320px; padding: 8px 10px; pointer-events: none; overflow: hidden; border-radius: 6px;
-  color: var(--jp-content-font-color1, CanvasText); background: var(--jp-layout-color1, Canvas); border: 1px solid var(--jp-border-color1, #8888); box-shadow: 0 3px 14px #0005 }
-.omnilab-packs .tip[hidden] { display: none } .omnilab-packs .tip div { margin: 6px 0 4px } .omnilab-packs .tip q { quotes: none; white-space: pre-wrap; overflow-wrap: anywhere }
-.omnilab-packs .tip mark { background: #e69f00; color: #000; border-radius: 2px } .omnilab-packs .tip small { opacity: .7 } .omnilab-packs .tip img { margin-right: 2px; border-radius: 3px }
+  color: var(--jp-content-font-color1, CanvasText); background: var(--jp-layout-color1, Canvas);
+  border: 1px solid var(--jp-border-color1, #8888); box-shadow: 0 3px 14px #0005 }
+.omnilab-packs .tip[hidden] { display: none }
+.omnilab-packs .tip div { margin: 6px 0 4px }
+.omnilab-packs .tip q { quotes: none; white-space: pre-wrap; overflow-wrap: anywhere }
+.omnilab-packs .tip mark { background: var(--learned); color: #000; border-radius: 2px }
+.omnilab-packs .tip small { opacity: .7 }
+.omnilab-packs .tip img { margin-right: 2px; border-radius: 3px }
 """
 
 # %% ../../nbs/forest/12_inspector.ipynb #cdd3e9d3
 class Picture(anywidget.AnyWidget):
     "Bars on a page, and where its mouse is."
-    _esm, _css = PAGE + MOUSE, STYLE + MOVES
+    _esm = PAGE + MOUSE
+    _css = f'.omnilab-packs {{ --words: {COLOR["words"]}; --learned: {COLOR["learned"]} }}' + STYLE + MOVES
     costs = traitlets.Unicode().tag(sync=True)      # HTML
     whole = traitlets.Unicode().tag(sync=True)      # all packs, a data URI
     page = traitlets.Unicode().tag(sync=True)       # some packs, a data URI
@@ -278,6 +289,17 @@ def steps(
     "How far a slider of lengths moves: about a thirtieth."
     return next(d for d in range(max(1, n // 32), 0, -1) if n % d == 0)
 
+def controls(
+    n:int, # length of a pack
+    batch:int, # rows of a naive batch
+    strategies:dict, # by name
+)->tuple: # of ipywidgets: length, strategy, batch, zoom
+    "What can be changed."
+    return (control(w.IntSlider, 'max_length', min=steps(n), max=4 * n, value=n, step=steps(n)),
+            w.Dropdown(options=list(strategies), description='strategy', layout={'width': '200px'}),
+            control(w.IntSlider, 'naive batch', min=1, max=64, value=batch),
+            control(w.IntRangeSlider, 'part shown, %', min=0, max=100, value=(0, 100)))
+
 # %% ../../nbs/forest/12_inspector.ipynb #6227702f
 class Inspector(w.VBox):
     "Packs to look into."
@@ -291,13 +313,9 @@ class Inspector(w.VBox):
     ):
         self.trees, self.bars, self.tokenizer, self.strategies, self.many, self.spot = trees, bars, tokenizer, strategies, many, None
         self.shown = lru_cache(200)(lambda run: media_html(trees, bars.spans, run))
-        n, step = bars.max_length, steps(bars.max_length)
-        self.length = control(w.IntSlider, 'max_length', min=step, max=4 * n, value=n, step=step)
-        self.strategy = w.Dropdown(options=list(strategies), description='strategy', layout={'width': '200px'})
-        self.batch = control(w.IntSlider, 'naive batch', min=1, max=64, value=batch)
-        self.zoom = control(w.IntRangeSlider, 'part shown, %', min=0, max=100, value=(0, 100))
+        self.length, self.strategy, self.batch, self.zoom = sliders = controls(bars.max_length, batch, strategies)
         self.picture, self.tabs = Picture(), w.Tab(layout={'display': 'none'})
-        super().__init__([w.HBox([self.length, self.strategy, self.batch, self.zoom], layout={'flex_flow': 'row wrap'}), self.picture, self.tabs])
+        super().__init__([w.HBox(sliders, layout={'flex_flow': 'row wrap'}), self.picture, self.tabs])
         for x in (self.length, self.strategy): x.observe(self.rebin, 'value')
         for x in (self.batch, self.zoom): x.observe(self.redraw, 'value')
         self.picture.observe(self.redraw, ['first', 'width'])
