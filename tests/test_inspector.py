@@ -21,7 +21,8 @@ g, trees, n = np.random.default_rng(0), [], 0
 while n < 1_000_000:
     kind = int(g.choice(4, p=(.5, .3, .1, .1)))
     head = np.concatenate([g.integers(5, 27, g.integers(10, 60)), np.full(g.integers(64, 250), kind) if kind else [4]])
-    s = Sample([Message('user', [Part('image', Image.new('RGB', (640, 480), tuple(int(c) for c in g.integers(0, 255, 3))))])], origin=f'rows.jsonl:{len(trees) + 1}')
+    color = tuple(int(c) for c in g.integers(0, 255, 3))
+    s = Sample([Message('user', [Part('image', Image.new('RGB', (640, 480), color))])], origin=f'rows.jsonl:{len(trees) + 1}')
     known, rows = dict(media_keys=(str(n),), media_end=len(head), sample=s) if kind else {}, []
     for _ in range(int(g.choice((1, 1, 3)))):
         ids = np.concatenate([head, g.integers(5, 27, g.integers(10, 200))])
@@ -46,8 +47,10 @@ def jupyterlab(folder):
     (folder/'settings/@jupyterlab/apputils-extension').mkdir(parents=True)
     (folder/'settings/@jupyterlab/apputils-extension/notification.jupyterlab-settings').write_text('{"fetchNews": "false"}')
     homes = {k: str(folder/'home') for k in ('HOME', 'JUPYTER_CONFIG_DIR', 'JUPYTER_DATA_DIR', 'JUPYTER_RUNTIME_DIR', 'IPYTHONDIR')}
-    env = {k: v for k, v in os.environ.items() if not k.startswith(('OMNILAB_', 'JUPYTER'))} | homes | dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', JUPYTERLAB_SETTINGS_DIR=str(folder/'settings'))
-    args = ['--no-browser', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', '--IdentityProvider.token=lab', '--allow-root', '--LabApp.expose_app_in_browser=True']
+    env = {k: v for k, v in os.environ.items() if not k.startswith(('OMNILAB_', 'JUPYTER'))} | homes
+    env |= dict(PYTHONPATH=str(ROOT), OMP_NUM_THREADS='1', JUPYTERLAB_SETTINGS_DIR=str(folder/'settings'))
+    args = ['--no-browser', '--ip=127.0.0.1', f'--port={port}', '--ServerApp.port_retries=0', '--IdentityProvider.token=lab', '--allow-root',
+            '--LabApp.expose_app_in_browser=True']
     with open(folder/'log', 'w') as log:
         server = subprocess.Popen([sys.executable, '-m', 'jupyterlab', *args], cwd=folder, env=env, stdout=log, stderr=log)
         try:
@@ -106,7 +109,8 @@ def tip(tab, has):
 
 
 FIND = """([q, color]) => {
-  const img = document.querySelector(q), c = Object.assign(document.createElement('canvas'), {width: img.naturalWidth, height: img.naturalHeight}), g = c.getContext('2d');
+  const img = document.querySelector(q), c = Object.assign(document.createElement('canvas'), {width: img.naturalWidth, height: img.naturalHeight});
+  const g = c.getContext('2d');
   g.drawImage(img, 0, 0);
   const d = g.getImageData(0, 5, c.width, 1).data, same = x => color.every((v, i) => d[4 * x + i] === v);
   for (let x = Math.floor(c.width * .3); x < c.width - 8; x++) if (same(x) && same(x + 8)) return (x + 4.5) / c.width;

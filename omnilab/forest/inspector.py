@@ -20,7 +20,7 @@ from PIL import Image
 from ..data.media import load, to_data_uri
 from ..data.parts import MEDIA, Part
 from .inspect import attention_view, tree_view
-from .packs_view import COLOR, KINDS, STRATEGIES, TALL, Bars, Spans, costs, in_words, overview, picture, rebin, sizes, spans
+from .packs_view import COLOR, KINDS, STRATEGIES, TALL, Bars, Spans, costs, in_words, overview, picture, rebin, sizes
 from .plan import plan
 from .tree import Tree
 
@@ -103,6 +103,7 @@ def waves(
     line = ''.join(f'M{2 * i + 1} {24 - 22 * v:.1f}V{24 + 22 * v:.1f}' for i, v in enumerate(loud))
     return f'<svg width="{width}" height="48"><path d="{line}" stroke="{COLOR["audio"]}" stroke-width="1.5"/></svg><br>{sound.seconds:.1f} s'
 
+# %% ../../nbs/forest/12_inspector.ipynb #0f7981de
 def thumbnail(
     part:Part, # a medium
 )->str: # HTML
