@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BESIDE', 'bins', 'Pack', 'lengthen', 'join_media', 'join_positions', 'join_extras', 'collate', 'astride', 'misfit',
-           'check_inputs', 'check_read', 'guard', 'Packs', 'pack', 'modalities', 'counts', 'draw_packs']
+           'check_inputs', 'check_read', 'guard', 'Packs', 'pack', 'modalities', 'counts']
 
 # %% ../../nbs/forest/08_bins.ipynb #80e7085f
 from bisect import bisect_left, insort
@@ -226,20 +226,3 @@ def counts(
 )->Counter: # rows by modalities
     "How many rows of each kind."
     return Counter(modalities(r) for p in packs for r in p.rows)
-
-# %% ../../nbs/forest/08_bins.ipynb #9fb668f2
-def draw_packs(
-    packs:Packs, # not too many
-    ax, # matplotlib axes
-):
-    "A bar a pack, a piece a tree, a colour a kind."
-    kinds = {k: f'C{i}' for i, (k, _) in enumerate(counts(packs).most_common())}
-    for y, p in enumerate(packs):
-        left = 0
-        for t in p.trees:
-            ax.barh(y, len(t), left=left, color=kinds[modalities(t.rows[0])], ec='w', lw=1)
-            left += len(t)
-    for k, c in kinds.items(): ax.barh(0, 0, color=c, label=k)
-    ax.set(xlim=(0, packs.max_length), ylim=(len(packs) - .5, -.5), xlabel='tokens', ylabel='pack')
-    ax.legend(loc='upper left', bbox_to_anchor=(1, 1), frameon=False)
-    return ax

@@ -47,11 +47,11 @@ def read_part(
 def placeholders(
     processor, # a processor or tokenizer
     model=None, # its model
-)->frozenset[int]: # token ids
+)->dict[int, str]: # token id -> 'image', 'video' or 'audio'
     "Tokens that stand for media in the prompt."
-    names = [f'{kind}_token_{end}' for kind in ('image', 'video', 'audio') for end in ('id', 'index')]
-    found = [getattr(o, n, None) for o in (processor, getattr(model, 'config', None)) for n in names]
-    return frozenset(i for i in found if isinstance(i, int))
+    names = {f'{kind}_token_{end}': kind for kind in ('image', 'video', 'audio') for end in ('id', 'index')}
+    found = [(getattr(o, n, None), kind) for o in (processor, getattr(model, 'config', None)) for n, kind in names.items()]
+    return {i: kind for i, kind in found if isinstance(i, int)}
 
 # %% ../../nbs/forest/07_encode.ipynb #8cf6a3aa
 def sort_outputs(

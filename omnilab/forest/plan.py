@@ -19,11 +19,14 @@ def visible(
     depth:Tensor|None=None, # tokens before it on its path, [n]
     low:Tensor|None=None, # least depth of a key that each query sees, [n]; None: 0
     reach:Tensor|None=None, # last key each query may see, [n]; None: itself
-)->Tensor: # may query q (row) see key k (column)?, bool [n, n]
+    q:Tensor|None=None, # the queries to ask about; None: all
+    k:Tensor|None=None, # the keys; None: all
+)->Tensor: # may query q (row) see key k (column)?, bool [q, k]
     "The rule as a dense mask: the reference, and fine for small rows."
     t = torch.arange(len(end))
-    seen = (t <= (t if reach is None else reach)[:, None]) & (t[:, None] < end)
-    return seen if low is None else seen & (depth >= low[:, None])
+    q, k = t if q is None else q, t if k is None else k
+    seen = (k <= (t if reach is None else reach)[q][:, None]) & (q[:, None] < end[k])
+    return seen if low is None else seen & (depth[k] >= low[q][:, None])
 
 # %% ../../nbs/forest/01_plan.ipynb #e8231874
 CALL = 2048                                # cells of work that one more kernel call costs
@@ -121,7 +124,7 @@ class Plan:
 
     def __len__(self): return self.rule.shape[1]
     def __repr__(self): return f'Plan({len(self)} tokens, {len(self.nodes)} nodes, {len(self.tiles)} tiles)'
-    def visible(self)->Tensor: return visible(*self.rule)           # the dense mask, bool [n, n]
+    def visible(self, q:Tensor|None=None, k:Tensor|None=None)->Tensor: return visible(*self.rule, q, k)     # the dense mask of all, or of some, bool [q, k]
 
     def view(self,
         window:int|None=None, # keys that a query sees, itself included
