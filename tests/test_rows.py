@@ -184,3 +184,13 @@ def test_lines_are_streamed_in_little_memory(tmp_path):
     n = sum(1 for _ in stream(tmp_path/'long.jsonl', shard=(1, 4)))
     assert n == 750 and tracemalloc.get_traced_memory()[1] < 2e6
     tracemalloc.stop()
+
+
+def test_a_pair_whose_worse_answer_has_pictures_of_its_own(root):
+    "What the rejected answer shows is neither lost nor mixed up with what the chosen one shows."
+    asked = Message('user', [Part('image', str(root/'0.png')), Part('text', 'Draw it turned.')])
+    box = Part('box', [0, 0, 20, 40], {'size': (20, 40), 'image': 1})
+    worse = [asked, Message('assistant', [Part('image', str(root/'1.png')), Part('text', 'There: '), box])]
+    for better in [Part('text', 'I cannot.')], [Part('image', str(root/'0.png')), Part('text', '<image>')]:
+        s = Sample([asked, Message('assistant', better)], rejected=worse)
+        assert to_sample(json.loads(json.dumps(to_row(s, root))), root) == s
