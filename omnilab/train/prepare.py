@@ -9,8 +9,7 @@ __all__ = ['PrepareRecipe', 'Prepared', 'kind_of', 'encoded', 'look', 'histogram
 import sys, warnings
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Literal
-import numpy as np
+from typing import Any, Literal
 from ..data.parts import MEDIA
 from ..settings import settings
 from .recipe import Count, Whole, command, opt
@@ -34,7 +33,7 @@ class Prepared:
     model:str               # whose tokens were counted
     kinds:Counter           # samples by what goes in and what comes out
     media:Counter           # media by their kind
-    lengths:np.ndarray      # tokens of every row that a sample makes, [n]
+    lengths:Any             # tokens of every row that a sample makes, array [n]
     trained:int             # of these tokens
     origins:list            # place of every row, [n]
     shared:int              # tokens of the trees that the rows make
@@ -79,17 +78,19 @@ def look(
     long = [Problem(r.origin, '', f'{len(r)} tokens; expected at most max_length={max_length}') for r in rows if max_length and len(r) > max_length]
     parts = [p for s in samples for p in s.parts]
     shared = sum(map(len, forest(rows, max_length=max_length or None)))
+    import numpy as np
     lengths = np.array([len(r) for r in rows], dtype=int)
     return Prepared(name, loaded.name.removeprefix('twin of '), Counter(map(kind_of, samples)), Counter(p.type for p in parts if p.type in MEDIA), lengths,
                     sum(int(r.target.sum()) for r in rows), [r.origin for r in rows], shared, Problems([*samples.problems, *bad, *long]), show)
 
 # %% ../../nbs/train/10_prepare.ipynb #964c2686
 def histogram(
-    lengths:np.ndarray, # [n], n at least 1
+    lengths, # array [n], n at least 1
     bars:int=8, # at most
     width:int=40, # of the longest bar, in characters
 )->list[str]: # a line a bar
     "How often each length is, in characters."
+    import numpy as np
     edges = np.unique(np.linspace(lengths.min(), lengths.max() + 1, bars + 1).round().astype(int))
     counts = np.histogram(lengths, edges)[0]
     wide = len(f'{edges[-1]:,}')
@@ -104,6 +105,7 @@ def told(
     count = lambda c: ', '.join(f'{k} {n:,}' for k, n in c.most_common()) or 'none'
     lines = [f'{p.name}, in tokens of {p.model}', f'samples    {sum(p.kinds.values()):,}: {count(p.kinds)}', f'media      {count(p.media)}']
     if n := len(p.lengths):
+        import numpy as np
         low, mid, high, most = np.percentile(p.lengths, [0, 50, 95, 100], method='higher')
         total = int(p.lengths.sum())
         lines += [f'rows       {n:,}, one for each learned turn; {total:,} tokens, {p.trained / total:.0%} of them trained',
@@ -134,6 +136,7 @@ def draw_lengths(
     ax, # matplotlib axes
 ): # the axes
     "How long the rows are."
+    import numpy as np
     ax.hist(p.lengths, bins=min(40, max(1, int(np.ptp(p.lengths)) + 1)), color='C0')
     ax.axvline(np.percentile(p.lengths, 95), c='.4', ls=':', label='95%')
     ax.set(xlabel='tokens', ylabel='rows'); ax.legend(frameon=False)
