@@ -7,7 +7,7 @@ __all__ = ['Medium', 'read_part', 'placeholders', 'sort_outputs', 'rope_index', 
            'without', 'check_shown', 'conversation', 'process', 'last_in', 'prompt', 'longer', 'next_opening', 'answer',
            'turn', 'encode', 'draw_rows', 'encode_all', 'draw_positions']
 
-# %% ../../nbs/forest/07_encode.ipynb #946abeda
+# %% ../../nbs/forest/07_encode.ipynb #9caf490a
 import inspect, re
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -20,7 +20,7 @@ from .template import Dialect, EncodeError, check_said, continuation, stop_ids, 
 from .tree import Row
 from tqdm.auto import tqdm
 
-# %% ../../nbs/forest/07_encode.ipynb #c5dfaa6b
+# %% ../../nbs/forest/07_encode.ipynb #9ba41805
 @dataclass
 class Medium:
     "A decoded image, sound or clip."
@@ -32,16 +32,17 @@ class Medium:
 def read_part(
     part:Part, # an image, audio or video
     rate:int, # samples a second that the processor wants
+    name=content_hash, # source -> what it is called
 )->Medium: # decoded
     "Read one medium."
-    key = content_hash(part.value)
+    key = name(part.value)
     if part.type == 'image': return Medium(part, load_image(part.value), key)
     if part.type == 'audio': return Medium(part, load_audio(part.value, rate).wave, key)
     v = load_video(part.value)
     t, h, w = v.frames.shape[:3]
     return Medium(part, v.frames, key, dict(total_num_frames=t, fps=v.fps, duration=v.seconds, frames_indices=list(range(t)), height=h, width=w))
 
-# %% ../../nbs/forest/07_encode.ipynb #629955f3
+# %% ../../nbs/forest/07_encode.ipynb #98040ea7
 def placeholders(
     processor, # a processor or tokenizer
     model=None, # its model
@@ -51,7 +52,7 @@ def placeholders(
     found = [getattr(o, n, None) for o in (processor, getattr(model, 'config', None)) for n in names]
     return frozenset(i for i in found if isinstance(i, int))
 
-# %% ../../nbs/forest/07_encode.ipynb #ae081914
+# %% ../../nbs/forest/07_encode.ipynb #8cf6a3aa
 def sort_outputs(
     out:dict, # what the processor returned for one row
     sample:Sample, # for messages
@@ -69,7 +70,7 @@ def sort_outputs(
         raise EncodeError(sample, 'the model reads its media by cross-attention, which no forest plan honours; expected media that stand among the tokens')
     return ids[0].tolist(), media, extras
 
-# %% ../../nbs/forest/07_encode.ipynb #9a2ed867
+# %% ../../nbs/forest/07_encode.ipynb #aeb2efb9
 def rope_index(
     model, # a model, or None
 ): # its own function for positions, or None
@@ -98,13 +99,14 @@ def rope_positions(
     out = index(ids[None, :n], **{k: v for k, v in given.items() if k in wanted})[0][:, 0].long()
     return torch.cat([out, out[:, -1:] + 1 + torch.arange(len(ids) - n)], 1)
 
-# %% ../../nbs/forest/07_encode.ipynb #e5aae13b
+# %% ../../nbs/forest/07_encode.ipynb #e4cc6914
 @dataclass
 class Encoder:
     "Samples to rows, for one processor and model."
     processor:Any                                           # a processor or tokenizer with a chat template
     model:Any = None                                        # its model: stop tokens, placeholders, positions
     keep:int = 256                                          # media, and beginnings of prompts, to remember
+    name:Any = content_hash                                 # source of a medium -> content hash, for who knows it already
     _media:dict = field(default_factory=dict, repr=False)   # what was read
     _heads:dict = field(default_factory=dict, repr=False)   # what was processed
     _shown:set = field(default_factory=set, repr=False)     # (role, kind) that the template is known to show
@@ -125,7 +127,7 @@ class Encoder:
     def read(self, part:Part)->Medium|None: # decoded once; None for text and boxes
         if part.type not in ('image', 'audio', 'video'): return None
         key = part.type, part.value if isinstance(part.value, str) else id(part.value)
-        return self.remember(self._media, key, lambda: read_part(part, self.rate))
+        return self.remember(self._media, key, lambda: read_part(part, self.rate, self.name))
 
     def render(self, chat:list[dict], prompt:bool, **kw): # the chat template, as text unless told otherwise
         how = {'add_generation_prompt': prompt, 'tokenize': False, **kw}
@@ -140,7 +142,7 @@ class Encoder:
         if special is None: special = self.takes_media and not (bos and text.startswith(bos))       # as processors do
         return self.tokenizer(text, add_special_tokens=special).input_ids
 
-# %% ../../nbs/forest/07_encode.ipynb #47d653e7
+# %% ../../nbs/forest/07_encode.ipynb #00a13265
 def contents(chat:list[dict])->set: # {(role, kind)} of what must be shown
     parts = {(m['role'], p['type']) for m in chat for p in m['content'] if (m['role'], p['type']) != ('assistant', 'text')}
     return parts | {(m['role'], 'tool_calls') for m in chat if m.get('tool_calls')}
@@ -158,7 +160,7 @@ def without(
         return m
     return [change(m) if m['role'] == role else m for m in chat]
 
-# %% ../../nbs/forest/07_encode.ipynb #c56555d5
+# %% ../../nbs/forest/07_encode.ipynb #953a7e0f
 def check_shown(
     enc:Encoder, # with its processor
     chat:list[dict], # the conversation, content as lists of parts
@@ -177,7 +179,7 @@ def check_shown(
         if full == other: raise lost(kind + (f' in a message of role {role!r}' if role else ''), 'them' if kind.startswith('tool') else 'it')
         enc._shown.add((role, kind))
 
-# %% ../../nbs/forest/07_encode.ipynb #0e06245c
+# %% ../../nbs/forest/07_encode.ipynb #69c6b36b
 def conversation(
     enc:Encoder, # with its processor
     sample:Sample, # a conversation
@@ -192,7 +194,7 @@ def conversation(
     check_shown(enc, chat, sample)
     return chat, [d for m in sample.messages[:k] for p in m.parts if (d := enc.read(p))]
 
-# %% ../../nbs/forest/07_encode.ipynb #3968228c
+# %% ../../nbs/forest/07_encode.ipynb #c85bdf15
 def process(
     enc:Encoder, # with its processor
     chat:list[dict], # the conversation before the answer
@@ -209,7 +211,7 @@ def process(
         tensors = {k: v.to(dtype) if v.is_floating_point() and v.dim() > 1 else v for k, v in tensors.items()}
     return ids, tensors, extras
 
-# %% ../../nbs/forest/07_encode.ipynb #21989d6e
+# %% ../../nbs/forest/07_encode.ipynb #0890c383
 def last_in(ids:list[int], found:frozenset[int])->int: # one past the last id that is in `found`; 0 if none
     return max((i + 1 for i, t in enumerate(ids) if t in found), default=0)
 
@@ -234,7 +236,7 @@ def prompt(
 
 def longer(v:Tensor, n:int)->Tensor: return torch.cat([v, v.new_zeros(n)])   # values of n more tokens of text: 0
 
-# %% ../../nbs/forest/07_encode.ipynb #abf8cc56
+# %% ../../nbs/forest/07_encode.ipynb #16dba08b
 def next_opening(
     enc:Encoder, # with its processor
     sample:Sample, # a conversation
@@ -249,7 +251,7 @@ def next_opening(
     end, opening = full.split('</think>')[-1].strip().rpartition('\n')[2], text.partition(mark)[0]       # thoughts may go once more follows
     return enc.tokenize(opening[opening.rindex(end) + len(end):].lstrip(), False)[:1] if end and end in opening else []
 
-# %% ../../nbs/forest/07_encode.ipynb #f1d77093
+# %% ../../nbs/forest/07_encode.ipynb #b49eeda4
 def answer(
     enc:Encoder, # with its processor
     sample:Sample, # a conversation
@@ -269,7 +271,7 @@ def answer(
     if not enc.stops & {*ids}: ids = ids + [t for t in next_opening(enc, sample, k, full) if t in enc.stops]
     return until_stop(ids, enc.stops, enc.tokenizer, sample)
 
-# %% ../../nbs/forest/07_encode.ipynb #aee4fe96
+# %% ../../nbs/forest/07_encode.ipynb #e5b5bdf3
 def turn(
     enc:Encoder, # with its processor
     sample:Sample, # a conversation
@@ -282,7 +284,7 @@ def turn(
     end = last_in(ids[:n].tolist(), enc.placeholders) or n if media else 0
     return Row(ids, torch.arange(len(ids)) >= n, media, keys, end, rope_positions(enc.model, ids, media, extras, n), extras, sample)
 
-# %% ../../nbs/forest/07_encode.ipynb #b044318a
+# %% ../../nbs/forest/07_encode.ipynb #2d07b1f4
 def encode(
     sample:Sample, # a conversation
     processor, # a processor or tokenizer with a chat template, or an `Encoder`
@@ -297,7 +299,7 @@ def encode(
         except Exception as e: raise EncodeError(sample, f'{type(e).__name__}: {e}', f'messages[{k}]') from e
     return out
 
-# %% ../../nbs/forest/07_encode.ipynb #9a1953a7
+# %% ../../nbs/forest/07_encode.ipynb #b3708936
 def draw_rows(
     tree, # forest.tree.Tree: rows that begin alike
     tokenizer, # to write its tokens
@@ -318,7 +320,7 @@ def draw_rows(
     ax.set(xlim=(0, width), ylim=(.6 - n, .6), xticks=[], yticks=range(0, -n, -1), yticklabels=[f'row {i + 1}' for i in range(n)])
     return ax
 
-# %% ../../nbs/forest/07_encode.ipynb #d33f32dd
+# %% ../../nbs/forest/07_encode.ipynb #1edb4b89
 def encode_all(
     samples, # samples, an iterable
     processor, # a processor or tokenizer with a chat template
@@ -337,7 +339,7 @@ def encode_all(
             problems.append(e.problem)
     return rows, problems
 
-# %% ../../nbs/forest/07_encode.ipynb #1be7149e
+# %% ../../nbs/forest/07_encode.ipynb #6b167c79
 def draw_positions(
     row:Row, # with positions of its own, or none
     ax, # matplotlib axes
