@@ -113,9 +113,9 @@ class BrokenShard(ValueError):
 def checksum(
     tensors:Sequence[Tensor], # in order
 )->int: # 32 bits
-    "A number that changes with any bit."
+    "A number that changes with any bit, type or shape."
     crc = 0
-    for t in tensors: crc = zlib.crc32(t.contiguous().view(torch.uint8).numpy() if t.numel() else b'', crc)
+    for t in tensors: crc = zlib.crc32(t.contiguous().view(torch.uint8).numpy() if t.numel() else b'', zlib.crc32(f'{t.dtype}{[*t.shape]}'.encode(), crc))
     return crc
 
 # %% ../../nbs/forest/11_shards.ipynb #952d9697
@@ -189,7 +189,8 @@ FORMAT = '1'
 INDEX = 'key', 'sample', 'head', 'media_end', 'sum'       # beside the columns' 'at.*'
 
 def checked(index:dict[str, Tensor], meta:dict[str, str])->str: # what the index's checksum covers
-    return str(zlib.crc32((meta['heads'] + meta['media']).encode(), checksum([index[k] for k in sorted(index)])))
+    told = json.dumps([sorted(index), *(meta[k] for k in ('about', 'heads', 'media'))])
+    return str(zlib.crc32(told.encode(), checksum([index[k] for k in sorted(index)])))
 
 def shard_bytes(
     entries:dict[bytes, list[Row]], # key of 16 bytes -> rows
@@ -236,20 +237,23 @@ class Shard:
     path:Path
 
     def __post_init__(self):
-        try:
-            self.file = safe_open(self.path, 'pt')
-            meta, names = self.file.metadata() or {}, self.file.keys()
-            if meta.get('format') != FORMAT: raise BrokenShard(self.path, f'format {meta.get("format")}; expected {FORMAT}')
-            index = {k: self.file.get_tensor(k) for k in names if k in INDEX or k.startswith('at.')}
-            if meta['check'] != checked(index, meta): raise BrokenShard(self.path, 'the checksum of its index')
-        except (SafetensorError, KeyError) as e: raise BrokenShard(self.path, ' '.join(str(e).split())) from None
+        try: self.open()
+        except (SafetensorError, ValueError, KeyError, TypeError) as e:
+            raise e if isinstance(e, BrokenShard) else BrokenShard(self.path, ' '.join(str(e).split())) from None
+
+    def open(self):
+        "Read the index."
+        self.file = safe_open(self.path, 'pt')
+        meta, self.stored = self.file.metadata() or {}, set(self.file.keys())
+        if meta.get('format') != FORMAT: raise BrokenShard(self.path, f'format {meta.get("format")}; expected {FORMAT}')
+        index = {k: self.file.get_tensor(k) for k in self.stored if k in INDEX or k.startswith('at.')}
+        if meta['check'] != checked(index, meta): raise BrokenShard(self.path, 'the checksum of its index')
         self.about, self.heads, self.media = (json.loads(meta[k]) for k in ('about', 'heads', 'media'))
         self.at = {k[3:]: v.numpy() for k, v in index.items() if k.startswith('at.')}
         self.column = {k: self.file.get_tensor(k) for k in sorted(self.at)}               # mapped, not read
-        self.tokens = np.diff(self.at['ids']).tolist()
-        self.first, keys = index['sample'].tolist(), index['key'].numpy().tobytes()
-        self.keys = [keys[i:i + 16] for i in range(0, len(keys), 16)]
-        self.head, self.media_end, self.sum = (index[k].tolist() for k in ('head', 'media_end', 'sum'))
+        keys = index['key'].numpy().tobytes()
+        self.keys, self.tokens = [keys[i:i + 16] for i in range(0, len(keys), 16)], np.diff(self.at['ids']).tolist()
+        self.first, self.head, self.media_end, self.sum = (index[k].tolist() for k in ('sample', 'head', 'media_end', 'sum'))
 
     def __reduce__(self): return Shard, (self.path,)
     def lengths(self, i:int)->list[int]: return self.tokens[self.first[i]:self.first[i + 1]]     # tokens of sample i's rows
@@ -260,11 +264,6 @@ class Shard:
         stored = [self.file.get_tensor(k) for k in (f'media.{name}.0', f'media.{name}.1') if k in self.stored]
         if checksum(stored) != crc: raise BrokenShard(self.path, f'the checksum of media tensor {name}')
         return expand(stored, getattr(torch, dtype), shape)
-
-    @property
-    def stored(self)->set[str]: # names of all tensors
-        if '_stored' not in self.__dict__: self._stored = set(self.file.keys())
-        return self._stored
 
     def row(self, j:int, sample:Any=None, again:Callable[[], Row]|None=None)->Row: # again: the row anew, should its media be broken
         "Row `j`, copied out of the file."
