@@ -342,13 +342,15 @@ def test_same_rows_from_ranks(data, tmp_path):
 
 # --- every family
 
-@pytest.mark.parametrize('name', ['qwen2_5_vl', 'qwen3_vl', 'gemma3', 'gemma4', 'llava_onevision', 'internvl', 'idefics3', 'janus', 'qwen2_audio', 'qwen2_5_omni',
-                                  'qwen3_omni', 'minicpm_v', 'llama4'])
+FAMILIES = '''qwen2_5_vl qwen3_vl gemma3 gemma4 llava_onevision internvl idefics3 janus qwen2_audio qwen2_5_omni qwen3_omni minicpm_v llama4'''.split()
+
+
+@pytest.mark.parametrize('name', FAMILIES)
 def test_every_family(name, tmp_path):
     "Its rows come back to the bit, and the facts about its model are enough to make them."
     import omnilab, transformers     # noqa: F401
     from omnilab.forest.cache import Facts
-    from omnilab.forest.encode import Encoder, encode_all
+    from omnilab.forest.encode import encode_all
     from omnilab.models.load import capabilities
     from omnilab.train.check import probes
     model, processor = getattr(f, name)(transformers)
