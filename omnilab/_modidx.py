@@ -634,6 +634,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'omnilab.forest.encode.next_opening': ( 'forest/encode.html#next_opening',
                                                                                'omnilab/forest/encode.py'),
                                        'omnilab.forest.encode.own_system': ('forest/encode.html#own_system', 'omnilab/forest/encode.py'),
+                                       'omnilab.forest.encode.parameters': ('forest/encode.html#parameters', 'omnilab/forest/encode.py'),
                                        'omnilab.forest.encode.placeholders': ( 'forest/encode.html#placeholders',
                                                                                'omnilab/forest/encode.py'),
                                        'omnilab.forest.encode.plain': ('forest/encode.html#plain', 'omnilab/forest/encode.py'),
