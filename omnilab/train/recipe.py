@@ -110,9 +110,9 @@ class SFTRecipe:
     "Fine-tune a model on rows with answers."
     model:ModelArgs = field(default_factory=ModelArgs)
     data:DataArgs = field(default_factory=DataArgs)
-    media:MediaArgs = field(default_factory=MediaArgs)
     adapter:AdapterArgs = field(default_factory=AdapterArgs)
     train:TrainArgs = field(default_factory=TrainArgs)
+    media:MediaArgs = field(default_factory=MediaArgs)
     output:str = opt(str(settings.paths.runs/'sft'), 'folder of the run')
     resume:bool = opt(True, 'go on from the last checkpoint in `output`, if there is one')
     dry_run:bool = opt(False, 'two steps, peak memory and rendered samples; nothing is written')
