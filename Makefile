@@ -46,6 +46,7 @@ docs: setup
 	@$(PY) tools/docs.py $(ARGS)
 
 bench: setup
+	@tools/peers.sh || echo "ms-swift could not be installed: benchmarks will say that it is missing"
 	@for f in $$(grep -l '^def main' omnilab/bench/*.py); do OMP_NUM_THREADS=1 $(PY) -m omnilab.bench.$$(basename $$f .py) --quick $(ARGS); done
 
 export: setup

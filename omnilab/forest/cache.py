@@ -34,7 +34,7 @@ from ..data.files import MediaError, is_uri
 from ..data.media import content_hash
 from ..data.parts import MEDIA
 from ..data.samples import Problem, Sample
-from . import encode as encoding, template
+from . import document, encode as encoding, template
 from .encode import EncodeError, Encoder, encode, rope_index
 from .shards import FORMAT, BrokenShard, Shard, put, shard_bytes, sweep
 from .tree import Row
@@ -136,9 +136,9 @@ def facts(
     name = lambda x: f'{type(x).__module__}.{type(x).__qualname__}'
     return dict(format=FORMAT, processor=type(p).__name__, classes=[name(x) for x in own], saved=saved(p), code=[code(*own), code(*CODE)],
                 versions={k: installed(k) for k in LIBRARIES}, stops=sorted(enc.stops), placeholders=sorted(enc.placeholders), rate=enc.rate,
-                dtype=str(getattr(enc.model, 'dtype', None)), positions=owner is not None and plain(owner.config.to_dict()))
+                limits=str(enc.limits), dtype=str(enc.dtype), positions=owner is not None and plain(owner.config.to_dict()))
 
-CODE = files, audio, video, media, parts, template, encoding        # modules that make rows
+CODE = files, audio, video, media, parts, template, encoding, document        # modules that make rows
 
 def fingerprint(
     known:dict, # as `facts` gives it

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['TRUST', 'Medium', 'read_part', 'placeholders', 'sort_outputs', 'rope_index', 'parameters', 'rope_positions', 'rust',
-           'Encoder', 'contents', 'without', 'check_shown', 'conversation', 'own_system', 'process', 'plain', 'learn',
-           'last_in', 'prompt', 'longer', 'next_opening', 'answer', 'turn', 'encode', 'draw_rows', 'encode_all',
-           'draw_positions']
+           'Encoder', 'contents', 'without', 'check_shown', 'conversation', 'own_system', 'check_heard', 'process',
+           'plain', 'learn', 'last_in', 'prompt', 'longer', 'next_opening', 'answer', 'turn', 'encode', 'draw_rows',
+           'encode_all', 'draw_positions']
 
 # %% ../../nbs/forest/07_encode.ipynb #9caf490a
 import inspect, re
+import numpy as np
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal
@@ -21,8 +22,9 @@ from ..data.media import content_hash, load_audio, load_image, load_video
 from ..data.parts import MEDIA
 from ..data.samples import Message, Part, Problem, Sample, to_message, to_messages
 from ..models.options import frame_picker
-from .template import Dialect, EncodeError, check_said, continuation, stop_ids, turns, until_stop
+from .template import Dialect, EncodeError, Rendered, check_said, continuation, packed, stop_ids, tokenizer_of, turns, until_stop, what_follows
 from .tree import Row
+from ..models.load import limits
 from tqdm.auto import tqdm
 
 # %% ../../nbs/forest/07_encode.ipynb #9ba41805
@@ -54,11 +56,11 @@ def read_part(
 def placeholders(
     processor, # a processor or tokenizer
     model=None, # its model
-)->frozenset[int]: # token ids
+)->dict[int, str]: # token id -> 'image', 'video' or 'audio'
     "Tokens that stand for media in the prompt."
-    names = [f'{kind}_token_{end}' for kind in ('image', 'video', 'audio') for end in ('id', 'index')]
-    found = [getattr(o, n, None) for o in (processor, getattr(model, 'config', None)) for n in names]
-    return frozenset(i for i in found if isinstance(i, int))
+    names = {f'{kind}_token_{end}': kind for kind in ('image', 'video', 'audio') for end in ('id', 'index')}
+    found = [(getattr(o, n, None), kind) for o in (processor, getattr(model, 'config', None)) for n, kind in names.items()]
+    return {i: kind for i, kind in found if isinstance(i, int)}
 
 # %% ../../nbs/forest/07_encode.ipynb #8cf6a3aa
 def sort_outputs(
@@ -134,14 +136,15 @@ class Encoder:
     _shown:set = field(default_factory=set, repr=False)     # (role, kind) that the template is known to show
     _plain:dict = field(default_factory=dict, repr=False)   # begins with bos? -> how many texts the processor just tokenised, and names of its extras
     _last:tuple = field(default=('', ()), repr=False)       # what was tokenised last, and its ids
+    _heard:int = field(default=0, repr=False)               # samples of the longest sound that is known to be heard to its end
 
     def __post_init__(self):
-        self.tokenizer = getattr(self.processor, 'tokenizer', self.processor)
+        self.tokenizer = tokenizer_of(self.processor)
         self.takes_media = self.tokenizer is not self.processor
-        self.stops, self.placeholders = stop_ids(self.processor, self.model), placeholders(self.processor, self.model)
-        self.dtype = getattr(self.model, 'dtype', None)
+        self.stops, self.placeholders, self.limits = stop_ids(self.processor, self.model), placeholders(self.processor, self.model), limits(self.model)
+        self.dtype, self.picks, self.rust = getattr(self.model, 'dtype', None), frame_picker(self.processor), rust(self.tokenizer)
         self.rate = getattr(getattr(self.processor, '_audio_processor', None), 'sampling_rate', 16_000)
-        self.picks, self.rust = frame_picker(self.processor), rust(self.tokenizer)
+        self.own = not getattr(self.processor, 'chat_template', None)      # tokens by its class's own code
         self.dialect = Dialect.of(getattr(self.processor, 'chat_template', None), self.takes_media)
 
     def remember(self, cache:dict, key, make): # the value for `key`, made when it isn't there; the oldest goes when there are too many
@@ -157,16 +160,32 @@ class Encoder:
 
     def render(self, chat:list[dict], prompt:bool, **kw): # the chat template, as text unless told otherwise
         how = {'add_generation_prompt': prompt, 'tokenize': False, **kw}
+        if self.own and not how['tokenize']: return self.spell(chat, **how)
         try: return self.processor.apply_chat_template(self.dialect.say(chat), **how)
         except TypeError:                                  # DeepSeek's add arguments to a text
             if not any(m.get('tool_calls') for m in chat): raise
             return self.processor.apply_chat_template(replace(self.dialect, quote=True).say(chat), **how)
         except TemplateError as e: raise EncodeError(None, f'the chat template refuses these messages ({e}); expected a conversation that it takes') from None
 
+    def spell(self, chat:list[dict], **how)->Rendered: # by the class's own code
+        how |= dict(tokenize=True, return_dict=True, return_tensors='pt')
+        try: ids = self.processor.apply_chat_template(self.dialect.say(chat), **how)['input_ids'][0].tolist()
+        except Exception as e:                             # classes raise anything
+            what = f'{type(self.processor).__name__} has no chat template, and refuses these messages by itself ({e})'
+            raise EncodeError(None, f'{what}; expected some that it takes') from None
+        return Rendered.of(ids, self.tokenizer)
+
+    def finished(self, chat:list[dict], **kw)->str: # the conversation so far; its answer may have something behind it
+        try: return self.render(chat, False, **kw)
+        except EncodeError:
+            if not self.own or chat[-1]['role'] != 'assistant': raise
+            return self.render([*chat, *what_follows(chat[-1])], True, **kw)
+
     def special(self, text:str)->bool: # are tokens added to a rendered text? as processors do
         return self.takes_media and not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
 
     def tokenize(self, text:str, special:bool|None=None)->list[int]: # ids of a rendered text, placeholders unexpanded
+        if getattr(text, 'ids', None) is not None: return text.ids
         if special is not None: return self.ids(text, special)
         if self._last[0] != text: self._last = text, self.ids(text, self.special(text))
         return list(self._last[1])
@@ -206,9 +225,10 @@ def check_shown(
     new = sorted(contents(chat) | {('', 'tools')} - enc._shown) if sample.template.get('tools') else sorted(contents(chat) - enc._shown)
     if not new: return
     told = {k: v for k, v in sample.template.items() if k != 'tools'}
-    full = enc.render(chat, False, **sample.template)
+    full = enc.finished(chat, **sample.template)
     for role, kind in new:
-        other = enc.render(chat, False, **told) if kind == 'tools' else enc.render(without(chat, role, kind), False, **sample.template)
+        try: other = enc.finished(chat, **told) if kind == 'tools' else enc.finished(without(chat, role, kind), **sample.template)
+        except EncodeError: other = None                   # it can't do without
         if full == other: raise lost(kind + (f' in a message of role {role!r}' if role else ''), 'them' if kind.startswith('tool') else 'it')
         enc._shown.add((role, kind))
 
@@ -223,6 +243,7 @@ def conversation(
         if not any(p.type in MEDIA for p in m.parts): return m
         return replace(m, parts=tuple(replace(p, value=d.value) if (d := enc.read(p)) else p for p in m.parts))
     chat = to_messages(replace(sample, messages=tuple(map(ready, sample.messages[:k]))))
+    if enc.own: chat = [{**m, 'content': [packed(p, enc.rate) for p in m['content']]} for m in chat]
     other = {p['type'] for m in chat for p in m['content']} - {'text'}
     if other and not enc.takes_media:
         raise EncodeError(sample, f'{", ".join(sorted(other))} for {type(enc.processor).__name__}, a tokenizer; expected text only')
@@ -241,6 +262,30 @@ def own_system(
     framed = found and bare.startswith(before) and bare.endswith(after) and len(bare) >= len(before + after)
     return bare[len(before):len(bare) - len(after)].strip() if framed else ''
 
+# %% ../../nbs/forest/07_encode.ipynb #ea08ece5
+def check_heard(
+    enc:Encoder, # with its processor
+    chat:list[dict], # the conversation before the answer
+    media:list[Medium], # its media
+    tensors:dict[str, Tensor], # what the processor made of them
+    process, # what makes such tensors of a conversation
+    sample:Sample, # for messages
+):
+    "Refuse a sound whose end the processor leaves out."
+    sounds = [p for m in chat for p in m['content'] if p['type'] == 'audio']
+    for d, old in zip([d for d in media if d.part.type == 'audio'], sounds):
+        if len(d.value) <= enc._heard: continue
+        end, rng = min(len(d.value), enc.rate // 10), np.random.default_rng(0)
+        new = {**old, 'audio': np.concatenate([d.value[:-end], rng.uniform(-.5, .5, end).astype(np.float32)])}
+        if enc.own: new = packed(new, enc.rate)
+        other = process([{**m, 'content': [new if p is old else p for p in m['content']]} for m in chat])
+        if other.keys() == tensors.keys() and all(torch.equal(v, other[k]) for k, v in tensors.items()):
+            window = getattr(getattr(enc.processor, 'feature_extractor', None), 'n_samples', None)
+            known = f' (its window is {window / enc.rate:g} s)' if window else ''
+            found = f'a sound of {len(d.value) / enc.rate:g} s, whose end {type(enc.processor).__name__} leaves out{known}'
+            raise EncodeError(sample, f'{found}; expected one that is heard whole')
+        enc._heard = len(d.value)
+
 # %% ../../nbs/forest/07_encode.ipynb #c85bdf15
 def process(
     enc:Encoder, # with its processor
@@ -252,9 +297,12 @@ def process(
     clips = [d.meta for d in media if d.meta]
     told = {'video_metadata': [clips], **({'do_sample_frames': False} if enc.picks else {})} if clips else {}      # they were sampled when they were read
     options = {'processor_kwargs': told} if enc.takes_media else {}
-    ids, tensors, extras = sort_outputs(enc.render(chat, True, tokenize=True, return_dict=True, return_tensors='pt', **options, **sample.template), sample)
+    options |= dict(tokenize=True, return_dict=True, return_tensors='pt', **sample.template)
+    read = lambda chat: sort_outputs(enc.render(chat, True, **options), sample)
+    ids, tensors, extras = read(chat)
     if media and not tensors:
         raise EncodeError(sample, f'{type(enc.processor).__name__} made nothing of {len(media)} media; expected a processor that takes them')
+    check_heard(enc, chat, media, tensors, lambda chat: read(chat)[1], sample)
     if dtype := enc.dtype:         # some processors insist on bfloat16, whatever the model is; times and the like stay exact
         tensors = {k: v.to(dtype) if v.is_floating_point() and v.dim() > 1 else v for k, v in tensors.items()}
     return ids, tensors, extras
@@ -332,9 +380,10 @@ def answer(
     before:str, # text of the prompt
 )->list[int]: # tokens to generate, the stop token included
     "What generation would have to write for message `k`."
-    full = enc.render(conversation(enc, sample, k + 1)[0], False, **sample.template)
+    full = enc.finished(conversation(enc, sample, k + 1)[0], **sample.template)
     ids = continuation(before, full, enc.tokenize, sample)
-    check_said(full[len(before):], sample.messages[k], sample)
+    if enc.own: ids = ids[:next((i + 1 for i, t in enumerate(ids) if t in enc.stops), None)]             # the next message may follow
+    check_said(enc.tokenizer.decode(ids) if enc.own else full[len(before):], sample.messages[k], sample)
     media = [d for p in sample.messages[k].parts if (d := enc.read(p))]
     if media:
         kinds = {name: [d.value for d in media if d.part.type == kind] for kind, name in (('image', 'images'), ('video', 'videos'), ('audio', 'audio'))}
@@ -355,7 +404,10 @@ def turn(
     new, n = answer(enc, sample, k, text), len(ids)
     ids, extras = torch.tensor(ids + new), {name: longer(v, len(new)) for name, v in extras.items()}
     end = last_in(ids[:n].tolist(), enc.placeholders) or n if media else 0
-    return Row(ids, torch.arange(len(ids)) >= n, media, keys, end, rope_positions(enc.model, ids, media, extras, n), extras, sample)
+    row = Row(ids, torch.arange(len(ids)) >= n, media, keys, end, rope_positions(enc.model, ids, media, extras, n), extras, sample, enc.limits.steps)
+    if row.span >= (most := enc.limits.row):
+        raise EncodeError(sample, f'{row.span} positions; expected fewer than {most}, since dynamic rotary frequencies follow the longest row so far')
+    return row
 
 # %% ../../nbs/forest/07_encode.ipynb #2d07b1f4
 def encode(
@@ -363,9 +415,12 @@ def encode(
     processor, # a processor or tokenizer with a chat template, or an `Encoder`
     model=None, # its model: stop tokens, placeholders, positions
     which:Literal['all', 'last']='all', # turns to learn
-)->list[Row]: # one row for each trained turn
+)->list[Row]: # one row for each trained turn, or for the document
     "A sample as the model will see it."
     enc, out = processor if isinstance(processor, Encoder) else Encoder(processor, model), []
+    if sample.document:
+        from omnilab.forest.document import document       # a page of its own, further on
+        return [document(enc, sample)]
     for k in turns(sample, which):
         try: out.append(turn(enc, sample, k))
         except EncodeError as e: raise EncodeError(sample, e.problem.message, f'messages[{k}]') from None

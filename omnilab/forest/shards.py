@@ -143,7 +143,7 @@ class Heads:
 
     def add(self, row:Row)->int: # number of the row's head
         "Keep a row's media."
-        head = json.dumps([row.media_keys, {k: self.name(v) for k, v in row.media.items()}])
+        head = json.dumps([row.media_keys, {k: self.name(v) for k, v in row.media.items()}, row.steps])
         return self.heads.setdefault(head, len(self.heads))
 
 # %% ../../nbs/forest/11_shards.ipynb #21bec379
@@ -271,6 +271,6 @@ class Shard:
         if checksum(parts.values()) != self.sum[j]: raise BrokenShard(self.path, f'the checksum of row {j}')
         whole = {k: v.to(torch.bool if k == 'target' else torch.long, copy=True) for k, v in parts.items()}
         positions = next((v.T.contiguous() for k, v in whole.items() if k.startswith('positions.')), None)
-        keys, names = self.heads[self.head[j]]
+        keys, names, steps = self.heads[self.head[j]]
         return Row(whole['ids'], whole['target'], Media(self, names, again) if names else {}, tuple(keys), self.media_end[j], positions,
-                   {k[7:]: v for k, v in whole.items() if k.startswith('extras.')}, sample)
+                   {k[7:]: v for k, v in whole.items() if k.startswith('extras.')}, sample, tuple(steps))

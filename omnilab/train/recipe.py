@@ -45,8 +45,8 @@ class ModelArgs:
 @dataclass
 class DataArgs:
     "The rows to learn from."
-    train:str = opt('', 'file of rows (JSONL or JSON) to learn from')
-    test:str = opt('', 'file of held-out rows; scored by loss and by generation')
+    train:str = opt('', 'rows to learn from: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files, a folder, or hf:NAME of the hub')
+    test:str = opt('', 'held-out rows; scored by loss and by generation')
     on_error:Literal['raise', 'skip'] = opt('raise', "a row that can't be read: end the run, or skip and list it")
     system:str = opt('', 'said by the system at the beginning of every conversation that has no system message; empty: nothing')
     turns:Literal['all', 'last'] = opt('all', "the assistant's turns that are learned; last: those behind the last question. A message's `loss` overrides")
@@ -116,9 +116,10 @@ class SFTRecipe:
     output:str = opt(str(settings.paths.runs/'sft'), 'folder of the run')
     resume:bool = opt(True, 'go on from the last checkpoint in `output`, if there is one')
     dry_run:bool = opt(False, 'two steps, peak memory and rendered samples; nothing is written')
+    check:bool = opt(False, 'first ask a twin of the model whether it can be trained as it is, as `omnilab check` does; seconds')
 
 # %% ../../nbs/train/00_recipe.ipynb #50a7b3a9
-FREE = ('output', 'resume', 'dry_run', 'data.cache', 'data.full', 'data.workers', 'data.test', 'data.eval_rows', 'data.max_new_tokens',
+FREE = ('output', 'resume', 'dry_run', 'check', 'data.cache', 'data.full', 'data.workers', 'data.test', 'data.eval_rows', 'data.max_new_tokens',
         'train.eval_every', 'train.save_every', 'train.keep', 'train.tracker', 'train.device')
 
 # %% ../../nbs/train/00_recipe.ipynb #4cada7ad
