@@ -102,6 +102,7 @@ def saved(
             if not p.is_file(): continue
             data = p.read_bytes()
             if p.name.endswith('_config.json'): data = json.dumps(plain(json.loads(data))).encode()
+            if p.name == 'tokenizer.json': data = json.dumps(json.loads(data) | dict(padding=None, truncation=None)).encode()     # those of the last call
             found[str(p.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
 

@@ -120,7 +120,7 @@ def rust(
     kind, inner = type(tokenizer), getattr(tokenizer, 'backend_tokenizer', None)
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or inner is None: return None
     if any(getattr(kind, k) is not getattr(PreTrainedTokenizerFast, k) for k in ('__call__', '_encode_plus', '_convert_encoding')): return None
-    if inner.truncation or inner.padding or inner.encode_special_tokens or tokenizer.split_special_tokens: return None
+    if inner.encode_special_tokens or tokenizer.split_special_tokens: return None
     return inner
 
 # %% ../../nbs/forest/07_encode.ipynb #e4cc6914
@@ -191,7 +191,7 @@ class Encoder:
         return list(self._last[1])
 
     def ids(self, text:str, special:bool)->list[int]: # without what a tokenizer of transformers does around it
-        if self.rust is None: return self.tokenizer(text, add_special_tokens=special).input_ids
+        if self.rust is None or self.rust.padding or self.rust.truncation: return self.tokenizer(text, add_special_tokens=special).input_ids
         return self.rust.encode(text, add_special_tokens=special).ids
 
 # %% ../../nbs/forest/07_encode.ipynb #00a13265
