@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'USES', 'QUIET', 'Command', 'usage', 'UsageError', 'named', 'world_recipe', 'main_world', 'data_recipe',
-           'main_data', 'load_program', 'complain', 'run', 'main']
+           'main_data', 'cache_recipe', 'main_cache', 'load_program', 'complain', 'run', 'main']
 
 # %% ../nbs/31_cli.ipynb #78f0e082
 import os, sys, traceback
@@ -27,6 +27,7 @@ COMMANDS = {
     'world': Command('write a data set of the procedural world: rows and media files', 'omnilab.cli:main_world', ('out',)),
     'data': Command('list public data sets, show the card of one, or write its rows to a file', 'omnilab.cli:main_data', ('do', 'name')),
     'prepare': Command('look at a data set: rows, lengths, what is shared, what is wrong', 'omnilab.train.prepare:main', ('data',)),
+    'cache': Command('look at the cache of encoded rows, remove some of it, verify all of it', 'omnilab.cli:main_cache', ('action',)),
     'check': Command('ask a model whether it can be trained as it is', 'omnilab.train.evaluate:main_check', ('name',)),
 }
 
@@ -131,6 +132,44 @@ def main_data(
         d = cards.load(r.name, r.split, bool(r.rows) and not r.path, r.path or None, rows=r.rows, on_error=r.on_error)
         path = cards.save(d, r.out)
         print(f'{len(d)} rows: {path}' + (f' ({len(d.problems)} left out, the first is {d.problems[0]})' if d.problems else ''))
+
+# %% ../nbs/31_cli.ipynb #71d0e93e
+def cache_recipe()->type: # a recipe's dataclass
+    "What may be said to `omnilab cache`."
+    from dataclasses import dataclass
+    from typing import Literal
+    from omnilab.settings import settings
+    from omnilab.train.recipe import Size, opt
+    @dataclass
+    class CacheRecipe:
+        "Look after the cache of encoded rows."
+        action:Literal['ls', 'rm', 'verify'] = opt('ls', 'ls: what is there; rm: remove; verify: read every byte and set broken files aside')
+        folder:str = opt(str(settings.paths.cache), 'of the cache')
+        encoder:str = opt('', 'rm: only rows of this encoder (first column of ls) or of this processor (second column)')
+        days:Size = opt(0., 'rm: only what was written more than so many days ago')
+        all:bool = opt(False, 'rm: everything')
+    return CacheRecipe
+
+# %% ../nbs/31_cli.ipynb #d3363059
+def main_cache(
+    argv:list[str]|None=None, # words of the command line; None: this program's
+    name:str='omnilab cache', # how it is called
+):
+    "Look after a cache as the command line says."
+    from omnilab.train.recipe import command
+    r = command(cache_recipe(), argv, name)
+    if r.action == 'rm' and not (r.encoder or r.days or r.all): raise UsageError('rm: nothing is named; expected --encoder NAME, --days N or --all')
+    from omnilab.forest.cache import inventory, remove, verify
+    if r.action == 'rm': print(f'{len(remove(r.folder, r.encoder, r.days))} files removed: {r.folder}')
+    elif r.action == 'verify':
+        whole, broken = verify(r.folder)
+        print('\n'.join([*(f'broken, set aside: {p}' for p in broken), f'{whole} whole files, {len(broken)} broken: {r.folder}']))
+        if broken: sys.exit(1)
+    else:
+        rows = [{k: f'{v:,}' if isinstance(v, int) else v for k, v in row.items()} for row in inventory(r.folder)]
+        if not rows: print(f'nothing: {r.folder}'); return
+        wide = {k: max(len(k), *(len(row[k]) for row in rows)) for k in rows[0]}
+        for row in [{k: k for k in wide}, *rows]: print('  '.join(row[k].ljust(w) for k, w in wide.items()).rstrip())
 
 # %% ../nbs/31_cli.ipynb #a60108a8
 def load_program(

@@ -118,11 +118,15 @@ def load(
     dtype:str='', # 'float32', 'bfloat16', …; empty: as the settings say
     device:str='auto', # where it runs
     adapter:str|Path='', # folder of an adapter to put on it
+    media:dict|None=None, # options of its processor: {'image': {'max_pixels': …}, 'video': {'fps': …}}
 )->Model:
     "Load a model and its processor."
+    from omnilab.models.options import configure
     from omnilab.train.evaluate import open_model
-    args = ModelArgs(str(name) or settings.model.default, dtype or settings.model.dtype, 'forest')
-    return Model(open_model(args, str(adapter), device), dict(name=args.name, dtype=args.dtype, device=device, adapter=str(adapter)))
+    args, media = ModelArgs(str(name) or settings.model.default, dtype or settings.model.dtype, 'forest'), media or {}
+    loaded = open_model(args, str(adapter), device)
+    loaded = replace(loaded, processor=configure(loaded.processor, **media))
+    return Model(loaded, dict(name=args.name, dtype=args.dtype, device=device, adapter=str(adapter), **({'media': media} if media else {})))
 
 # %% ../nbs/30_lab.ipynb #227da144
 class Rows(Samples):
@@ -182,11 +186,13 @@ def pack(
     merge:bool=True, # rows that begin alike share what they share
     turns:str='all', # 'last': of each conversation, the answers behind its last question
     on_error:str='raise', # 'skip': rows that can't be encoded or are too long are listed in `.problems`
+    workers:int=0, # processes that encode beside this one
 )->Packs:
     "Render, merge and pack rows."
     from omnilab.train.sft import read_packs
     told = dict(merge=merge, turns=turns, on_error=on_error)
-    r = build(SFTRecipe, [Entry('train.max_length', max_length, 'pack'), *(Entry(f'data.{k}', v, 'pack') for k, v in told.items())])
+    given = {'train.max_length': max_length, 'data.workers': workers, **{f'data.{k}': v for k, v in told.items()}}
+    r = build(SFTRecipe, [Entry(k, v, 'pack') for k, v in given.items()])
     how = dict(getattr(samples, 'recipe', {}), max_length=max_length, **told)
     return Packs(read_packs(samples, m.loaded, r), samples, m, how)
 

@@ -20,6 +20,7 @@ from typing import Literal, NamedTuple, get_args, get_origin
 class Paths:
     "Folders that the lab writes to."
     runs:Path = Path('runs')               # a folder for each run
+    cache:Path = Path('runs/cache')        # encoded rows, shared by all runs
 
 # %% ../nbs/00_settings.ipynb #7cb4102c
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 "Flags that stay off unless asked for, and what each test cost in CPU seconds, told at the end."
-import os, re, resource, subprocess, sys
+import atexit, os, re, resource, shutil, subprocess, sys, tempfile
 from pathlib import Path
 
 import pytest
@@ -7,6 +7,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted(p for p in (ROOT/'nbs').rglob('*.ipynb') if not re.search(r'/[._]', str(p.relative_to(ROOT.parent))))
 FLAGS = 'slow', 'gpu', 'network'
+if 'OMNILAB_PATHS_CACHE' not in os.environ:     # no test reads what another session encoded
+    os.environ['OMNILAB_PATHS_CACHE'] = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, os.environ['OMNILAB_PATHS_CACHE'], ignore_errors=True)
 BUDGET = 20     # CPU seconds of one notebook, imports included
 
 
@@ -16,7 +19,8 @@ def name(path): return str(path.relative_to(ROOT/'nbs').with_suffix(''))
 def run(args, cwd=ROOT, **env):
     "A fresh process that can't reach the network by accident or another run's folders, and its CPU seconds."
     keep = {k: v for k, v in os.environ.items() if not k.startswith('OMNILAB_')}
-    keep.update({'MPLBACKEND': 'agg', 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', **env})
+    keep.update({'MPLBACKEND': 'agg', 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1',
+                 'OMNILAB_PATHS_CACHE': os.environ['OMNILAB_PATHS_CACHE'], **env})
     used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     before = used()
     done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=keep, capture_output=True, text=True)

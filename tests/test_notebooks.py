@@ -14,7 +14,7 @@ sys.exit(not test_nb(path, skip_flags=skip, cell_timeout=seconds)[0])
 def test_notebook(path, request, record_property, tmp_path):
     asked = [f for f in FLAGS if request.config.getoption(f'--run-{f}')]
     skip = '[' + ', '.join(f'"{f}"' for f in FLAGS if f not in asked) + ']'
-    env = {'OMNILAB_PATHS_RUNS': str(tmp_path), 'HF_HUB_OFFLINE': '0' if 'network' in asked else '1'}
+    env = {'OMNILAB_PATHS_RUNS': str(tmp_path), 'OMNILAB_PATHS_CACHE': str(tmp_path/'cache'), 'HF_HUB_OFFLINE': '0' if 'network' in asked else '1'}
     done, cpu = run(['-c', CODE, path, skip, 3600 if asked else 300], **env)
     record_property('cpu', round(cpu, 1))
     ran = done.returncode == 0

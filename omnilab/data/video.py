@@ -107,16 +107,21 @@ def load_video(
     fps:float|None=None, # frames a second to take; None = all of them
     max_frames:int|None=None, # at most so many, spread over the clip
     limits:Limits|None=None, # from the settings by default
+    choose=None, # instead of both: (frames, frames a second) -> indices of those to keep, rising
 )->Video: # with its sound track, if it has one
     "Read a clip; frames are left out only as `fps` and `max_frames` say."
     import av
     if isinstance(src, np.ndarray): raise refuse(src, 'frames without a rate', 'Video(frames, fps)')
+    def which(times, seconds):
+        if choose is None: return pick(times, seconds, fps, max_frames)
+        index = np.asarray(choose(len(times), len(times) / seconds))
+        return index, float(len(index) / seconds)
     if isinstance(src, Video):
-        index, rate = pick(np.arange(len(src.frames)) / src.fps, src.seconds, fps, max_frames)
+        index, rate = which(np.arange(len(src.frames)) / src.fps, src.seconds)
         return replace(src, frames=src.frames[index], fps=rate)
     limits = limits or Limits()
     with reading(src, 'video', limits) as (f, form):
-        with av.open(f, format=DEMUXERS[form]) as c: index, rate = pick(*frame_times(c, src, limits), fps, max_frames)
+        with av.open(f, format=DEMUXERS[form]) as c: index, rate = which(*frame_times(c, src, limits))
         f.seek(0)
         with av.open(f, format=DEMUXERS[form]) as c: frames = read_frames(c, index, src, limits)
         return Video(frames, rate, read_track(f, form, src, limits))

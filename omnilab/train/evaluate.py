@@ -87,6 +87,8 @@ def open_model(
     if adapter:
         from omnilab.tune.adapters import load_adapter
         m = replace(m, model=load_adapter(m.model, adapter, trainable), name=f'{name} + {adapter}')
+        own = (Path(adapter)/'processor_config.json').is_file()
+        if own: m = replace(m, processor=type(m.processor).from_pretrained(adapter))        # with the options that it learned with
     guard(m.model)
     return m
 
