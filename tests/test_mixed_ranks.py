@@ -97,7 +97,7 @@ def worker(out):
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
     folder, out = tmp_path_factory.mktemp('mixed'), []
-    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': str(Path(__file__).parent)}
+    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': f'{Path(__file__).parents[1]}{os.pathsep}{Path(__file__).parent}'}
     for n in (1, 2):
         cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), __file__, str(folder/f'{n}.pt')]
         done = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=300)
