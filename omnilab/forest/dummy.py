@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from ..data.media import Audio, Video
 from ..data.parts import MEDIA, Message, Part, Sample
-from .bins import Pack, collate
+from .bins import Pack, collate, handles
 from .encode import EncodeError, Encoder, encode
 from .tree import Tree, forest
 
@@ -46,7 +46,7 @@ def dummies(
     enc:Encoder, # with the model's processor
 )->list[Tree]: # as few as there are modalities
     "A tree without targets for everything that some packs hold."
-    needed, out, why = {k for p in packs for k in p.media}, [], {}
+    needed, out, why = {k for p in handles(packs) for k in p.media}, [], {}
     for kind in MEDIA if needed else ():
         try: t = dummy(kind, enc)
         except EncodeError as e: why[kind] = e.problem.message; continue    # a model takes some kinds only

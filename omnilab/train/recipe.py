@@ -50,6 +50,8 @@ class DataArgs:
     on_error:Literal['raise', 'skip'] = opt('raise', "a row that can't be read: end the run, or skip and list it")
     turns:Literal['all', 'last'] = opt('all', "the assistant's turns that are learned; last: those behind the last question. A message's `loss` overrides")
     merge:bool = opt(True, 'rows that begin alike (one image, many questions) share what they share')
+    packing:Literal['exact', 'window', 'balanced', 'ordered', False] = opt('exact', 'exact: fullest; balanced: even work; false: one tree a pack')
+    oversize:Literal['refuse', 'skip', 'split', 'truncate'] = opt('refuse', 'a tree longer than a pack; split: a document in pieces; truncate: without its end')
     eval_rows:Whole = opt(64, 'held-out rows that are answered at each evaluation; 0: all')
     max_new_tokens:Count = opt(256, 'tokens of an answer at most')
 
@@ -134,7 +136,7 @@ def describe(
         (low, high), word = typing.get_args(kind)[1], 'a whole number' if typing.get_args(kind)[0] is int else 'a number'
         return f'{word}, {low} or more' if high == inf else f'{word} between {low} and {high}'
     args = typing.get_args(kind)
-    if typing.get_origin(kind) is Literal: return ', '.join(args[:-1]) + f' or {args[-1]}'
+    if typing.get_origin(kind) is Literal: return ', '.join(args[:-1]) + f' or {str(args[-1]).lower() if args[-1] is False else args[-1]}'
     if typing.get_origin(kind) in (types.UnionType, typing.Union): return f'{describe(args[0])}, or null'
     if typing.get_origin(kind) is list: return 'a list'
     if typing.get_origin(kind) is dict: return f'a mapping of names to {describe(args[1]).replace("a number", "numbers")}'
@@ -161,7 +163,7 @@ def coerce(
     "A value as its field wants it; ValueError if it doesn't fit."
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated: return number(value, args[0], *args[1])
-    if origin is Literal: return args[args.index(value)]
+    if origin is Literal: return args[args.index(False if False in args and str(value).lower() == 'false' else value)]
     if origin in (types.UnionType, typing.Union): return None if value in (None, 'null', 'none', '') else coerce(value, args[0])
     if kind is bool: return {'true': True, 'false': False}[str(value).lower()]
     if origin in (list, dict) and isinstance(value, str):

@@ -77,8 +77,9 @@ def read_packs(
     from omnilab.forest.bins import pack
     from omnilab.forest.encode import encode_all
     from omnilab.forest.tree import forest
-    rows, problems = encode_all(samples, loaded.processor, loaded.model, recipe.data.on_error, turns=recipe.data.turns)
-    packs = pack(forest(rows, recipe.data.merge, max_length=recipe.train.max_length), recipe.train.max_length, recipe.data.on_error)
+    d, max_length = recipe.data, recipe.train.max_length
+    rows, problems = encode_all(samples, loaded.processor, loaded.model, d.on_error, turns=d.turns)
+    packs = pack(forest(rows, d.merge, max_length=max_length), max_length, d.on_error, d.packing, d.oversize)
     packs.problems[:0] = [*getattr(samples, 'problems', ()), *problems]
     return packs
 
@@ -86,10 +87,14 @@ def read_packs(
 def fingerprint(
     packs:Iterable, # of a dataset
 )->str: # 16 hex digits
-    "A number that changes with any token, weight or medium."
+    "A number that changes with any token, weight, position or medium, and with what lies together; no pack is laid out, no medium read."
+    from omnilab.forest.bins import handles
     h = hashlib.sha256()
-    for p in packs:
-        for t in (p.input_ids, p.source, p.labels, p.weight, *(p.media[k] for k in sorted(p.media))): h.update(t.double().numpy().tobytes())
+    for p in handles(packs):
+        h.update(f'{len(p.trees)} trees'.encode())
+        for t in p.trees:
+            h.update(repr((len(t), len(t.target), t.media_keys)).encode())
+            for x in (t.ids, t.source, t.target, t.weight, *([] if t.positions is None else [t.positions])): h.update(x.numpy().tobytes())
     return h.hexdigest()[:16]
 
 def describe_packs(
@@ -97,8 +102,8 @@ def describe_packs(
 )->dict: # for packs.json
     "Kind, tokens and rows of every tree in every pack."
     from omnilab.forest.bins import modalities
-    trees = [[[modalities(t.rows[0]), len(t), len(t.rows)] for t in p.trees] for p in packs]
-    return {'max_length': packs.max_length, 'packs': trees, 'problems': [str(x) for x in packs.problems]}
+    trees = [[[modalities(t.rows[0]), len(t), len(t.rows)] for t in p.trees] for p in packs.handles]
+    return {'max_length': packs.max_length, 'packs': trees, 'problems': [str(x) for x in packs.problems], 'notices': [str(x) for x in packs.notices]}
 
 # %% ../../nbs/train/05_sft.ipynb #9012836a
 def choose(
@@ -134,21 +139,23 @@ def prepare_run(
 ): # train.loop.Run, ready for `train`
     "Model, optimisers, schedule and data as the loop wants them."
     from accelerate.utils import set_seed
+    from omnilab.forest.bins import handles
     from omnilab.forest.dummy import complete, dummies
     from omnilab.forest.encode import Encoder
+    from omnilab.forest.loader import Loader
     from omnilab.objectives.score import Scorer
     from omnilab.objectives.sft import sft_objective, size
-    from omnilab.train.loop import Epochs, accelerator, optimizers, prepare, schedule
+    from omnilab.train.loop import accelerator, optimizers, prepare, schedule
     t = recipe.train
     set_seed(t.seed)
-    model, data = trainable(loaded.model, recipe), Epochs(packs, t.seed)
+    model, acc = trainable(loaded.model, recipe), accelerator(t.precision, t.device)
+    data, trees = Loader(packs, t.seed, rank=acc.process_index, world=acc.num_processes), dummies(packs, Encoder(loaded.processor, loaded.model))
     steps = t.steps or data.steps(t.packs, t.epochs)
     opts = optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, t.lr_scale, part_of(model))
-    acc, trees = accelerator(t.precision, t.device), dummies(packs, Encoder(loaded.processor, loaded.model))
     set_seed(t.seed, device_specific=True)
     factor = schedule(t.schedule, steps, round(t.warmup * steps), t.decay)
     whole = partial(complete, dummies=trees)
-    probes = map(whole, {frozenset(p.media): p for p in packs}.values())        # one of each kind, completed
+    probes = (whole(packs[i]) for i in {frozenset(h.media): i for i, h in enumerate(handles(packs))}.values())        # one of each kind, completed
     return prepare(Scorer(model), opts, acc, probes, complete=whole, data=data, objective=sft_objective(loaded.processor, t.z_loss), size=size,
                    schedule=factor, steps=steps, packs=t.packs, clip=t.clip)
 
@@ -254,7 +261,8 @@ def begin(
         folder.mkdir(parents=True, exist_ok=True)
         (folder/'recipe.yaml').write_text(to_yaml(recipe))
         (folder/'packs.json').write_text(json.dumps(describe_packs(packs), ensure_ascii=False))
-    for p in packs.problems: job.accelerator.print(f'left out: {p}', file=sys.stderr)
+    for said, lines in (('left out', packs.problems), ('changed', packs.notices)):
+        for p in lines: job.accelerator.print(f'{said}: {p}', file=sys.stderr)
 
 # %% ../../nbs/train/05_sft.ipynb #8b3f145e
 def render(
@@ -305,7 +313,7 @@ def dry_run(
     lines += ['memory   ' + ', '.join(f'{v:.2f} GiB ({k}, peak)' for k, v in peak_memory().items())]
     tokenizer = getattr(loaded.processor, 'tokenizer', loaded.processor)
     for r in [r for p in packs for r in p.rows][:rows]: lines += ['', f'row {r.origin}', *(f'  {k:8} {v}' for k, v in render(r, tokenizer).items())]
-    return '\n'.join(lines + [f'left out: {p}' for p in packs.problems])
+    return '\n'.join([*lines, *(f'left out: {p}' for p in packs.problems), *(f'changed: {p}' for p in packs.notices)])
 
 # %% ../../nbs/train/05_sft.ipynb #9d65f1af
 def main(
