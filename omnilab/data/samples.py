@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['DECODER', 'once', 'parse', 'parse_array', 'read_rows', 'each_medium', 'decode', 'Problem', 'Split', 'Samples',
-           'groups', 'split', 'checker', 'read', 'flow', 'draw_flow', 'samples_html', 'Message', 'Part', 'RowError',
-           'Sample', 'save_media', 'to_message', 'to_messages', 'to_row', 'to_sample']
+           'groups', 'split', 'checker', 'read', 'stream', 'flow', 'draw_flow', 'samples_html', 'Message', 'Part',
+           'RowError', 'Sample', 'save_media', 'to_message', 'to_messages', 'to_row', 'to_sample']
 
 # %% ../../nbs/data/07_samples.ipynb #15fddd6f
 import json, random, re, warnings
@@ -199,6 +199,24 @@ def read(
     if not rows: raise RowError('no rows in it; expected at least one', str(path))
     if samples.problems: warnings.warn(f'{path}: {len(samples.problems)} of {rows} rows skipped, the first is {samples.problems[0]}', stacklevel=2)
     return samples
+
+# %% ../../nbs/data/07_samples.ipynb #f393604d
+def stream(
+    source:str|Path, # JSONL, or a JSON array
+    start:int=0, # number of the first row
+    shard:tuple[int, int]=(0, 1), # (i, n): only rows whose number leaves i when divided by n
+    check_media:bool|str=True, # as in `read`
+    answer:bool=True, # as in `read`
+): # yields (number, Sample or Problem)
+    "Read a data set row by row."
+    check = checker(check_media)
+    for i, (origin, row) in enumerate(read_rows(Path(source))):
+        if i < start or i % shard[1] != shard[0]: continue
+        try:
+            if isinstance(row, RowError): raise row
+            s = to_sample(row, Path(source).parent, origin, answer)
+            yield i, check(s) if check_media else s
+        except RowError as e: yield i, Problem(e.origin, e.field, e.message)
 
 # %% ../../nbs/data/07_samples.ipynb #4ed78c31
 def flow(

@@ -280,12 +280,13 @@ def pack(
     on_error:Literal['raise', 'skip']='raise', # what to do with a tree that is longer and refused
     packing:Strategy|Literal[False]='exact', # which go together, see `bins`; False: a tree a pack
     oversize:Oversize='refuse', # what to do with a tree that is longer, see `fitted`
+    window:int=1024, # packing by window: trees that are held
 )->Packs: # deterministic; each tree whole, in one pack
     "Put trees into packs."
     trees, problems, notices = fitted(trees, max_length, oversize)
     if problems and on_error == 'raise' and oversize != 'skip': raise ValueError(f'{problems[0]}; {len(problems)} such')
-    lengths = list(map(len, trees))
-    found = bins(lengths, max_length, packing, list(map(work, trees)) if packing == 'balanced' else None) if packing else [[i] for i in range(len(trees))]
+    effort = list(map(work, trees)) if packing == 'balanced' else None
+    found = bins(list(map(len, trees)), max_length, packing, effort, window) if packing else [[i] for i in range(len(trees))]
     return Packs(trees, found, max_length, problems, notices)
 
 # %% ../../nbs/forest/08_bins.ipynb #54e33d14

@@ -112,13 +112,16 @@ def bins(
     max_length:int, # of a bin
     strategy:Strategy='exact', # exact: fullest; window: as a stream is packed; balanced: even work; ordered: keeps the order
     work:Sequence[float]|None=None, # balanced: of each item; None: the square of its length
+    size:int=1024, # window: items that are held
 )->list[list[int]]: # indices of the items in each bin; each item in one of them
     "Which items go together."
     if strategy not in get_args(Strategy): raise ValueError(f'strategy {strategy!r}; expected {", ".join(get_args(Strategy))}')
-    if wrong := [i for i, n in enumerate(lengths) if not 1 <= n <= max_length][:1]:
+    array = np.asarray(lengths, np.int64)
+    if len(wrong := np.flatnonzero((array < 1) | (array > max_length))):
         raise ValueError(f'item {wrong[0]} is {lengths[wrong[0]]} long; expected 1 to max_length={max_length}')
     if strategy == 'balanced': return balanced(lengths, max_length, work)
-    return {'exact': exact, 'window': window, 'ordered': ordered}[strategy](lengths, max_length)
+    if strategy == 'window': return window(lengths, max_length, size)
+    return exact(array, max_length) if strategy == 'exact' else ordered(lengths, max_length)
 
 # %% ../../nbs/forest/12_fit.ipynb #5347cebc
 def draw_bins(

@@ -46,11 +46,14 @@ class ModelArgs:
 class DataArgs:
     "The rows to learn from."
     train:str = opt('', 'file of rows (JSONL or JSON) to learn from')
+    mixture:dict[str, Size] = opt({}, 'instead of train: files, each with its share of the packs')
+    streaming:bool = opt(False, 'rows are read while training, for files too large to plan; needs train.steps')
     test:str = opt('', 'file of held-out rows; scored by loss and by generation')
     on_error:Literal['raise', 'skip'] = opt('raise', "a row that can't be read: end the run, or skip and list it")
     turns:Literal['all', 'last'] = opt('all', "the assistant's turns that are learned; last: those behind the last question. A message's `loss` overrides")
     merge:bool = opt(True, 'rows that begin alike (one image, many questions) share what they share')
     packing:Literal['exact', 'window', 'balanced', 'ordered', False] = opt('exact', 'exact: fullest; balanced: even work; false: one tree a pack')
+    window:Count = opt(256, 'trees that are held, where packs are made by a window or from a stream')
     oversize:Literal['refuse', 'skip', 'split', 'truncate'] = opt('refuse', 'a tree longer than a pack; split: a document in pieces; truncate: without its end')
     eval_rows:Whole = opt(64, 'held-out rows that are answered at each evaluation; 0: all')
     max_new_tokens:Count = opt(256, 'tokens of an answer at most')
