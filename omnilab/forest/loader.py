@@ -61,6 +61,7 @@ def counts(
 )->list[int]: # packs of each in an epoch, which has as many as there are
     "An epoch's packs by dataset: exact shares, the largest remainders rounded up."
     if weights is None: return list(sizes)
+    if min(weights) <= 0: raise ValueError(f'shares {list(weights)}; expected numbers above 0')
     exact = np.array(weights, float) / sum(weights) * sum(sizes)
     out = np.floor(exact + 1e-9).astype(int)
     for i in np.argsort(out - exact, kind='stable')[:sum(sizes) - out.sum()]: out[i] += 1
@@ -132,6 +133,8 @@ class Loader:
         self.parts = getattr(packs, 'parts', {'': range(len(packs))})
         self.sizes = [len(r) for r in self.parts.values()]
         self.counts = counts(self.sizes, getattr(packs, 'weights', None))
+        if 0 in self.counts:
+            raise ValueError(f'{[*self.parts][self.counts.index(0)]}: its share of an epoch ({len(self)} packs) is less than a pack; expected more')
         self.names, self.epoch, self.index, self._order, self._early, self._pool = [n for n in self.parts if n], 0, 0, (-1, []), {}, None
 
     def __len__(self)->int: return sum(self.counts)               # packs of an epoch
