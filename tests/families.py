@@ -1,4 +1,8 @@
 """Published families as twins of their own configurations, and processors of the very same classes over a tiny vocabulary. Shared by tests."""
+import json
+from base64 import b64encode
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 WORDS = '<pad> <end> <user> <assistant> <unk> how many are there ? what is this here two one of them look at the following and say :'.split()
 TEXT = dict(pad_token_id=0, eos_token_id=1, bos_token_id=None)
@@ -42,10 +46,10 @@ def small(config):
     return twin(config)
 
 
-def alive(model):
+def alive(model, stop=1):
     """Ready for `check`: it stops at the tokenizer's stop token."""
     import omnilab.forest.attention     # noqa: F401 (registers 'forest')
-    model.generation_config.eos_token_id = 1
+    model.generation_config.eos_token_id = stop
     model.set_attn_implementation('forest')
     return model.eval()
 
@@ -83,6 +87,19 @@ def gemma3(t, tokens=4):
 
 
 def gemma3_long(t): return gemma3(t, 16)
+
+
+def gemma3n(t):
+    """A small tower of timm's stands in for the published one, whose sizes no configuration tells. Ids of media lie behind those of the text."""
+    named = dict(boi_token='<start_of_image>', boa_token='<start_of_audio>', eoi_token='<end_of_image>', image_token='<image_soft_token>',
+                 eoa_token='<end_of_audio>', audio_token='<audio_soft_token>')
+    tok = tokenizer(named)
+    proc = t.Gemma3nProcessor(t.Gemma3nAudioFeatureExtractor(), t.SiglipImageProcessor(size=dict(height=64, width=64)), tok,
+                              template(image='<image_soft_token>', audio='<audio_soft_token>'), image_seq_length=4)
+    vision, audio = dict(vocab_offset=tok.eoi_token_id, vocab_size=2), dict(vocab_offset=tok.eoa_token_id, vocab_size=2)
+    vision |= dict(architecture='test_convnext', model_args=dict(dims=[8, 8, 16, 32]), hidden_size=32)
+    return small(t.Gemma3nConfig(text_config=words(tok, vocab_size_per_layer_input=tok.eoi_token_id), vision_config=vision, audio_config=audio,
+        vision_soft_tokens_per_image=4, **ids(tok, named))), proc
 
 
 def gemma4(t):
@@ -154,8 +171,33 @@ def qwen2_audio(t):
     return small(t.Qwen2AudioConfig(audio_config=ears(), text_config=words(tok), audio_token_index=tok.audio_token_id)), proc
 
 
+def tekken(folder, audio):
+    """A file of Mistral's tokenizers: bytes, and before them special tokens, that of sounds where the processor's class expects it."""
+    from mistral_common.tokens.tokenizers.tekken import Tekkenizer
+    marks = [x['token_str'].value for x in Tekkenizer.DEPRECATED_SPECIAL_TOKENS] + [f'<SPECIAL_{i}>' for i in range(20, 24)]
+    marks += ['[AUDIO]', '[BEGIN_AUDIO]', '[TRANSCRIBE]']
+    n = 256 + len(marks)
+    config = dict(pattern=r'\s?\S+|\s+', num_vocab_tokens=256, default_vocab_size=n, default_num_special_tokens=len(marks), version='v7')
+    special = [dict(rank=i, token_str=mark, is_control=True) for i, mark in enumerate(marks)]
+    letters = [dict(rank=i, token_bytes=b64encode(bytes([i])).decode(), token_str=None) for i in range(256)]
+    path = Path(folder)/'tekken.json'
+    path.write_text(json.dumps(dict(config=config, vocab=letters, special_tokens=special, audio=audio)))
+    return path
+
+
 def voxtral(t):
-    """Its own processor renders no text and reads through mistral_common's tokenizers alone: one of the same parts stands in for it."""
+    """No template: its class makes tokens by Mistral's own code. Sounds come in pieces of 30 seconds, which it has no option for."""
+    from transformers.tokenization_mistral_common import MistralCommonBackend
+    mels = dict(num_mel_bins=8, hop_length=160, window_size=400)
+    with TemporaryDirectory() as folder:
+        tok = MistralCommonBackend(tekken(folder, dict(sampling_rate=16_000, frame_rate=12.5, chunk_length_s=30., audio_encoding_config=mels)))
+    text = dict(vocab_size=len(tok), pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, bos_token_id=tok.bos_token_id)
+    config = t.VoxtralConfig(audio_config=dict(num_mel_bins=8), text_config=text, audio_token_id=tok.convert_tokens_to_ids('[AUDIO]'))
+    return small(config), t.VoxtralProcessor(t.WhisperFeatureExtractor(feature_size=8), tok)
+
+
+def voxtral_parts(t):
+    """Voxtral's classes but for its tokenizer, which needs mistral_common: a processor of the same parts with a template."""
     class Stand(t.ProcessorMixin):
         def __init__(self, feature_extractor, tokenizer, chat_template=None):
             self.audio_token, self.audio_token_id = '[AUDIO]', tokenizer.audio_token_id

@@ -91,7 +91,7 @@ HEADERS = {
     'half a png': (medium('image', 'half_noise.png'), 'images[0]: {}/half_noise.png: torn png, its end is missing; expected a whole image file'),
     'half a jpeg': (medium('image', 'half_noise.jpg'), 'torn jpeg, its end is missing; expected a whole image file'),
     'half a wav': (medium('audio', 'half_tone.wav'), 'torn, 7978 of 16000 bytes of sound; expected a whole audio file'),
-    'half an mp4': (medium('video', 'half_film.mp4'), 'videos[0]: {}/half_film.mp4: broken mp4 ('),
+    'half an mp4': (medium('video', 'half_film.mp4'), 'videos[0]: {}/half_film.mp4: torn mp4, '),
     'an mp4 without index': (medium('video', 'late_film.mp4'), 'expected a whole video file'),
     'an mp4 as a sound': (medium('audio', 'late_film.mp4'), 'expected a whole audio file'),
     'a large file': (medium('image', 'large.png'), 'large.png: 1,000,000,001 bytes; expected at most 1,000,000,000 (settings: media.max_bytes)'),

@@ -1,11 +1,12 @@
 """What `to_row` writes, `to_sample` reads as the same sample: for any sample, and for the tags that a text may hold by accident."""
-import json, string
+import json, string, tracemalloc
 
+import datasets, pyarrow as pa, pyarrow.feather as feather, pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 
-from omnilab.data.samples import Message, Part, RowError, Sample, read, to_messages, to_row, to_sample
+from omnilab.data.samples import Message, Part, RowError, Sample, read, stream, to_messages, to_row, to_sample
 
 TAGS = ['<image>', '<audio>', '<video>', '<bbox>', '<ref-object>', '<', 'image>', '']
 SIZES = [(40, 20), (20, 40)]
@@ -27,13 +28,15 @@ def root(tmp_path_factory):
 
 
 @st.composite
-def samples(draw, root):
-    "A conversation with an answer; images exist, since boxes are measured in them."
+def conversations(draw, root, shared=()):
+    "Messages with an answer; images exist, since boxes are measured in them. Behind `shared`, if there are such."
     kinds = st.lists(st.sampled_from(['text', 'text', 'image', 'audio', 'video', 'box']), max_size=4)
-    roles = [*draw(st.lists(st.sampled_from(['system', 'user', 'assistant', 'tool']), max_size=3)), 'assistant']
+    roles = [] if shared else draw(st.lists(st.sampled_from(['system', 'user', 'assistant', 'tool']), max_size=3))
+    roles = [*roles, 'assistant']
     layout = [draw(kinds) for _ in roles]
-    images = [draw(st.integers(0, 1)) for kind in sum(layout, []) if kind == 'image']
-    place, messages = iter(images), []
+    before = [SIZES.index(Image.open(p.value).size) for m in shared for p in m.parts if p.type == 'image']
+    images = before + [draw(st.integers(0, 1)) for kind in sum(layout, []) if kind == 'image']
+    place, messages = iter(images[len(before):]), list(shared)
 
     def part(kind):
         if kind == 'text': return Part('text', draw(texts))
@@ -45,20 +48,45 @@ def samples(draw, root):
         return Part('box', [x1, y1, draw(st.integers(x1 + 1, w)), h], {'size': (w, h), **({'image': k} if k else {})})
 
     for role, parts in zip(roles, layout):
-        loss = draw(st.sampled_from([None, True, False])) if role == 'assistant' else None
-        messages.append(Message(role, [part(k) for k in parts if k != 'box' or images], loss))
-    last = messages[-1]
-    messages[-1] = Message('assistant', (*last.parts, Part('text', 'yes')), True)
-    keys = st.text(string.ascii_lowercase, min_size=8, max_size=9)
+        mine = role == 'assistant'
+        more = {'loss': draw(st.sampled_from([None, True, False])), 'reasoning_content': draw(texts), 'tool_calls': draw(calls)} if mine else {}
+        messages.append(Message(role, [part(k) for k in parts if k != 'box' or images], **more))
+    return messages
+
+
+calls = st.lists(st.builds(lambda n, v: {'type': 'function', 'function': {'name': n, 'arguments': {'x': v}}}, texts, texts), max_size=1)
+
+
+@st.composite
+def samples(draw, root):
+    "A conversation, a pair of them, or a document; with a label and with what the template is told, or without."
+    messages, rejected = draw(conversations(root)), []
+    says = lambda word: [*messages[:-1], Message('assistant', (*messages[-1].parts, Part('text', word)), True)]
+    shape = draw(st.sampled_from(['one', 'pair', 'document']))
+    if shape == 'document': messages = [Message('document', (*messages[-1].parts, Part('text', 'yes')))]
+    elif shape == 'pair' and len(messages) > 1: messages, rejected = says('yes'), draw(conversations(root, messages[:-1]))
+    else: messages = says('yes')
+    if rejected: rejected[-1] = Message('assistant', (*rejected[-1].parts, Part('text', 'no')), True)
+    if shape == 'document':                                              # its boxes lie in its own images
+        seen = [p for p in messages[0].parts if p.type == 'image']
+        messages = [Message('document', [p for p in messages[0].parts if p.type != 'box' or p.meta['size'] == size_in(seen, p)])]
+    keys = st.text(string.ascii_lowercase, min_size=1, max_size=3).map('x_'.__add__)         # never a name that rows use
     meta = draw(st.dictionaries(keys, st.none() | st.booleans() | numbers | texts | st.lists(texts, max_size=2), max_size=3))
-    return Sample(messages, meta, 'a.jsonl:1')
+    template = draw(st.sampled_from([{}, {'enable_thinking': False}, {'tools': [{'type': 'function', 'function': {'name': 'now'}}]}]))
+    return Sample(messages, meta, 'a.jsonl:1', template, rejected, draw(st.sampled_from([None, True, False])))
+
+
+def size_in(images, box):
+    k = box.meta.get('image', 0)
+    return Image.open(images[k].value).size if k < len(images) else None
 
 
 @settings(max_examples=150, deadline=None, database=None, derandomize=True)
 @given(data=st.data())
 def test_round_trip(root, data):
     s = data.draw(samples(root))
-    if any(m.role == 'assistant' and m.loss is not False and not m.text.strip() and {p.type for p in m.parts} <= {'text'} for m in s.messages):
+    if any(m.role == 'assistant' and m.loss is not False and not m.text.strip() and {p.type for p in m.parts} <= {'text'} and not m.tool_calls
+           for m in s.messages + s.rejected):
         with pytest.raises(RowError, match='an empty answer'): to_sample(to_row(s, root), root)
         return
     row = json.loads(json.dumps(to_row(s, root)))
@@ -105,3 +133,64 @@ def test_files_in_both_notations_read_alike(tmp_path):
     assert [(s.messages, s.meta) for s in lines] == [(s.messages, s.meta) for s in array]
     assert [s.origin.split(':')[-1] for s in lines] == ['1', '2', '3', '4', '5']
     assert [s.origin.split(':')[-1] for s in array] == ['2', '7', '12', '17', '22']
+
+
+WRITERS = {
+    'jsonl': lambda rows, p: p.write_text('\n'.join(map(json.dumps, rows))), 'json': lambda rows, p: p.write_text(json.dumps(rows, indent=1)),
+    'csv': lambda rows, p: table(rows).to_pandas().to_csv(p, index=False), 'tsv': lambda rows, p: table(rows).to_pandas().to_csv(p, index=False, sep='\t'),
+    'parquet': lambda rows, p: pq.write_table(table(rows), p, row_group_size=3), 'feather': lambda rows, p: feather.write_feather(table(rows), p),
+    'folder': lambda rows, p: datasets.Dataset.from_list(rows).save_to_disk(p)}
+
+
+def table(rows): return pa.Table.from_pylist(rows)
+
+
+@pytest.mark.parametrize('ending', WRITERS)
+def test_every_table_gives_the_same_samples(tmp_path, ending):
+    "Whole, in shares, and from the middle: the same samples under the same indices."
+    rows = [{'prompt': f'"{i}",\n?', 'completion': '007, NA', 'n': str(i)} for i in range(10)]
+    path = tmp_path/f'a.{ending}'
+    WRITERS[ending](rows, path)
+    whole = read(path)
+    assert [(s.messages, s.meta) for s in whole] == [(s.messages, s.meta) for s in map(to_sample, rows)]
+    assert len({s.origin for s in whole}) == 10 and all(s.origin.startswith(str(path)) for s in whole)
+    shares = [dict(stream(path, shard=(i, 3))) for i in range(3)]
+    assert {k: s for share in shares for k, s in share.items()} == dict(enumerate(whole)) and [*shares[1]] == [1, 4, 7]
+    again = stream(path, start=4, shard=(1, 2))
+    assert list(again) == list(again) == [(k, whole[k]) for k in (5, 7, 9)]
+    if ending == 'parquet': assert len(again) == 3
+    else: pytest.raises(TypeError, len, again)
+
+
+def test_media_inside_tables_stay_files(root, tmp_path):
+    "Bytes of a picture in Parquet, a folder with metadata, and 🤗 features: one image, undecoded."
+    png = (root/'0.png').read_bytes()
+    row = {'prompt': '<image>What?', 'completion': 'x'}
+    pq.write_table(table([row | {'image': {'bytes': png, 'path': '0.png'}}]), tmp_path/'a.parquet')
+    assert read(tmp_path/'a.parquet')[0].messages[0].parts[0].value == png
+    ds = datasets.Dataset.from_list([row | {'image': str(root/'0.png')}]).cast_column('image', datasets.Image())
+    for d in ds, ds.to_iterable_dataset(): assert read(d)[0].messages[0].parts[0].value == str(root/'0.png')
+    (tmp_path/'metadata.jsonl').write_text(json.dumps(row | {'file_name': '0.png'}))
+    (tmp_path/'0.png').write_bytes(png)
+    s = read(tmp_path)[0]
+    assert s.messages[0].parts[0].value == str(tmp_path/'0.png') and s.origin == f'{tmp_path}/metadata.jsonl:1'
+
+
+def test_lines_are_streamed_in_little_memory(tmp_path):
+    "A share of a long file costs a line of memory, not the file."
+    line = json.dumps({'prompt': 'Hi', 'completion': 'x' * 10_000})
+    (tmp_path/'long.jsonl').write_text('\n'.join([line] * 3000))        # 30 MB
+    tracemalloc.start()
+    n = sum(1 for _ in stream(tmp_path/'long.jsonl', shard=(1, 4)))
+    assert n == 750 and tracemalloc.get_traced_memory()[1] < 2e6
+    tracemalloc.stop()
+
+
+def test_a_pair_whose_worse_answer_has_pictures_of_its_own(root):
+    "What the rejected answer shows is neither lost nor mixed up with what the chosen one shows."
+    asked = Message('user', [Part('image', str(root/'0.png')), Part('text', 'Draw it turned.')])
+    box = Part('box', [0, 0, 20, 40], {'size': (20, 40), 'image': 1})
+    worse = [asked, Message('assistant', [Part('image', str(root/'1.png')), Part('text', 'There: '), box])]
+    for better in [Part('text', 'I cannot.')], [Part('image', str(root/'0.png')), Part('text', '<image>')]:
+        s = Sample([asked, Message('assistant', better)], rejected=worse)
+        assert to_sample(json.loads(json.dumps(to_row(s, root))), root) == s

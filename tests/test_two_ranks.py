@@ -90,12 +90,14 @@ def worker(out):
     result, out = {}, Path(out)
     run = train(build(0), [keep := Keep()])
     result |= {'world': run.accelerator.num_processes, 'rows': keep.rows, 'weights': run.model.state_dict()}
+    result['frozen'] = [n for n, p in run.model.named_parameters() if not p.requires_grad]
+    result |= {'looks': run.accelerator.ddp_handler.find_unused_parameters}
     straight = train(build(0, .3), [a := Keep()])
     train(build(0, .3), [b := Keep(stop=3), Checkpoint(out.with_suffix('.run'), {})])
     resume(again := build(9, .3), out.with_suffix('.run'), {})
     train(again, [c := Keep()])
     result |= {'straight': a.rows, 'resumed': b.rows + c.rows,
-               'equal': all(p.equal(q) for p, q in zip(straight.model.parameters(), again.model.parameters()))}
+               'equal': all(p.equal(q) for p, q in zip(straight.model.parameters(), again.model.parameters()) if p.requires_grad)}    # others never move
     if run.accelerator.num_processes > 1: result['sharded'] = sharded()
     if run.accelerator.is_main_process: torch.save(result, out)
 
@@ -133,6 +135,11 @@ def test_same_weights(results):
 def test_resumes_to_the_bit(results, world):
     r = results[world - 1]
     assert r['straight'] == r['resumed'] and r['equal']
+
+
+def test_what_no_pack_reaches(results):
+    "Frozen, and as it was; the tower that some packs reach is looked for in every step."
+    assert results[1]['frozen'] == ['unused.weight', 'unused.bias'] and results[1]['looks'] is True
 
 
 def test_sharded_scores(results):

@@ -38,7 +38,7 @@ def case_of(make, kind='image'):
 
 
 def batch(row):
-    from omnilab.train.check import alone
+    from omnilab.objectives.exact import alone
     return alone(row)
 
 
@@ -252,6 +252,55 @@ def test_rows_encoded_without_their_model(vl):
         assert all(r.positions is None for r in blind)
         refused(vl, r'expected rows of encode\(sample, processor, model\)')
     finally: vl.rows = kept
+
+
+def long_rope(kind, **rope):
+    "A Llama whose frequencies change beyond 32 positions, and rows of 20 and 60 tokens of text."
+    import torch, transformers                      # noqa: E401
+    from families import small, words, tokenizer
+    from omnilab.forest.tree import Row
+    from omnilab.models.load import limits
+    rope = dict(rope_type=kind, rope_theta=1e4, factor=4., **rope)
+    model = small(transformers.LlamaConfig(**words(tokenizer({})), max_position_embeddings=32 if kind == 'dynamic' else 128, rope_parameters=rope))
+    ours = alive(model)
+    stock = deepcopy(model)
+    stock.set_attn_implementation('sdpa')
+    g = torch.Generator().manual_seed(0)
+    ids = [torch.randint(5, 20, (n,), generator=g) for n in (20, 60)]
+    rows = [Row(i, torch.arange(len(i)) >= len(i) // 2, steps=limits(ours).steps) for i in ids]
+    with torch.no_grad(): truth = [deepcopy(stock)(**batch(r), use_cache=False).logits[0] for r in rows]
+    return SimpleNamespace(ours=ours, stock=stock, rows=rows, truth=truth)
+
+
+def test_short_rows_beside_a_long_one():
+    "Long RoPE reads the short ones with the frequencies of the long one. Ours packs them apart, and a pack of both is refused."
+    from dataclasses import replace
+    from omnilab.forest.bins import pack
+    from omnilab.forest.tree import forest
+    c = long_rope('longrope', original_max_position_embeddings=32, long_factor=[4.] * 64, short_factor=[1.] * 64)
+    assert stock(c, **plain_row(c)) > FAR
+    refused(c, 'rows of 20 and of 60 positions')
+    packs, truth = pack(forest(c.rows), 128), c.truth
+    assert [p.n_rows for p in packs] == [1, 1]
+    for p, c.truth in zip(packs, ([t] for t in truth)):
+        c.rows = p.rows
+        assert ours(c) < NEAR and scored(c, p) < NEAR
+    both = [replace(r, ids=r.ids.index_fill(0, r.ids.new_tensor(range(18)), 7)) for p in packs for r in p.rows]
+    assert len(forest(both)) == 2 and len(forest([replace(r, steps=()) for r in both])) == 1       # even where they begin alike
+
+
+def test_a_row_longer_than_any_before():
+    "Dynamic RoPE follows the longest row so far: what a row is given depends on those that came before. Ours refuses rows as long."
+    import torch
+    c = long_rope('dynamic')
+    assert stock(c, **plain_row(c)) > FAR
+    longer = torch.randint(5, 20, (1, 90), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        c.stock(longer)
+        assert float((c.stock(**batch(c.rows[1]), use_cache=False).logits[0] - c.truth[1]).abs().max()) > FAR     # alone, but not the first
+    refused(c, 'a row of 60 positions; expected fewer than 32')
+    c.rows, c.truth = c.rows[:1], c.truth[:1]
+    assert ours(c) < NEAR
 
 
 def test_offsets_that_an_earlier_call_left(vl):

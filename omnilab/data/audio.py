@@ -32,11 +32,12 @@ class Audio:
 # %% ../../nbs/data/01_audio.ipynb #bebd33f4
 def wav_bytes(
     audio:Audio, # a sound
-)->bytes: # a WAV file, 16 bits a sample
+    subtype:str='PCM_16', # of its samples: 16 bits, or 'FLOAT', which loses nothing
+)->bytes: # a WAV file
     "A WAV file in memory."
     import soundfile
     out = io.BytesIO()
-    soundfile.write(out, audio.wave, audio.rate, format='WAV', subtype='PCM_16')
+    soundfile.write(out, audio.wave, audio.rate, format='WAV', subtype=subtype)
     return out.getvalue()
 
 # %% ../../nbs/data/01_audio.ipynb #2ec36621

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['HEADS', 'FORMATS', 'DEMUXERS', 'one_line', 'MediaError', 'called', 'refuse', 'Limits', 'is_uri', 'read_uri',
-           'open_source', 'sniff', 'reading']
+           'open_source', 'sniff', 'number', 'last_box', 'end_of', 'reading']
 
 # %% ../../nbs/data/00_files.ipynb #8e6009c0
 import base64, io, re, stat
@@ -122,6 +122,45 @@ def sniff(
         if head[at:at + len(magic)] == magic: return form
     return 'mp3' if len(head) > 1 and head[0] == 0xff and head[1] & 0xe6 == 0xe2 else ''     # a frame of MPEG audio, layer III
 
+# %% ../../nbs/data/00_files.ipynb #bdac6574
+def number(
+    f, # binary file, at a number of Matroska's: its length in the first byte's leading zeros
+)->int|None: # None: all ones, 'not known'
+    "A size as EBML writes it."
+    first = f.read(1)[0]
+    bits = 7 * (9 - first.bit_length())
+    value = int.from_bytes(bytes([first]) + f.read(bits // 7 - 1), 'big') & (1 << bits) - 1
+    return None if value == (1 << bits) - 1 else value
+
+# %% ../../nbs/data/00_files.ipynb #24032378
+def last_box(
+    f, # binary file of boxes: 4 bytes of size, 4 of name, content
+)->int: # where the last of them ends; 0: it goes on to the end, whatever that is
+    "Where an MP4 ends by its own account."
+    at, head = 0, b'first'
+    while head:
+        f.seek(at)
+        head = f.read(16)
+        size, name = int.from_bytes(head[:4], 'big'), head[4:8]
+        if size == 1: size = int.from_bytes(head[8:], 'big')
+        if size == 0 and head: return 0
+        if not name.isalnum() or size < 8: break             # no box: something else hangs behind
+        at += size
+    return at
+
+def end_of(
+    f, # binary file
+    form:str, # its format
+)->int: # where it must end at the earliest; 0: it doesn't say
+    "Size of a film by its own account."
+    if form in ('mp4', 'm4a', 'avif', 'heic'): return last_box(f)
+    if form == 'avi': f.seek(4); return 8 + int.from_bytes(f.read(4), 'little')
+    if form != 'matroska': return 0
+    f.seek(4)
+    f.seek(number(f) or 0, 1)                                # its head
+    size = number(f) if f.read(4) == b'\x18S\x80g' else None
+    return 0 if size is None else f.tell() + size
+
 # %% ../../nbs/data/00_files.ipynb #396b207c
 @contextmanager
 def reading(
@@ -136,7 +175,11 @@ def reading(
         if form not in FORMATS[kind]:
             found = f'holds {form}' if form else 'of no known format' if f.read(1) else 'empty'
             raise refuse(src, found, f'{kind} as {", ".join(FORMATS[kind])}')
-        try: yield f, form
+        try:
+            end, size = end_of(f, form), f.seek(0, 2)
+            if end > size: raise refuse(src, f'torn {form}, {size:,} of {end:,} bytes', f'a whole {kind} file')
+            f.seek(0)
+            yield f, form
         except (MediaError, MemoryError): raise
         except Exception as e:
             why = re.sub(r'<.*?>|\[Errno.*?\]', '', getattr(e, 'strerror', None) or str(e)) or type(e).__name__

@@ -12,7 +12,7 @@ import base64, hashlib, io, re
 from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
-from .audio import Audio, draw_spectrum, load_audio, peek_audio, save_audio
+from .audio import Audio, draw_spectrum, load_audio, peek_audio, save_audio, wav_bytes
 from .files import FORMATS, Limits, MediaError, open_source, reading, refuse
 from .video import Video, draw_strip, load_video, peek_video, save_video
 
@@ -123,12 +123,14 @@ def peek(
 
 # %% ../../nbs/data/03_media.ipynb #f7e06797
 def to_data_uri(
-    img:Image.Image, # an image
-)->str: # 'data:image/png;base64,...'
-    "An image as a URI that holds all of it."
-    out = io.BytesIO()
-    load_image(img).save(out, 'PNG')
-    return 'data:image/png;base64,' + base64.b64encode(out.getvalue()).decode()
+    medium:Image.Image|Audio, # an image or a sound
+)->str: # 'data:image/png;base64,...' or 'data:audio/wav;base64,...'
+    "A medium as a URI that holds all of it."
+    if isinstance(medium, Audio): kind, content = 'audio/wav', wav_bytes(medium, 'FLOAT')
+    else:
+        load_image(medium).save(out := io.BytesIO(), 'PNG')
+        kind, content = 'image/png', out.getvalue()
+    return f'data:{kind};base64,' + base64.b64encode(content).decode()
 
 # %% ../../nbs/data/03_media.ipynb #c8a38993
 def content_hash(

@@ -21,6 +21,7 @@ from .protocol import Completion, Request, RequestError
 from ..forest.bins import join_media
 from ..forest.encode import EncodeError, Encoder, encode
 from ..forest.encode import prompt as encode_prompt
+from ..forest.template import tokenizer_of
 from ..models.load import capabilities
 
 # %% ../../nbs/engine/01_local.ipynb #190d1275
@@ -137,7 +138,7 @@ def extra_stops(
     processor:Any, # the model's
 )->set[int]: # token ids
     "Tokens that end this answer, besides those that end every answer."
-    ids = [getattr(processor, 'tokenizer', processor).encode(word, add_special_tokens=False) for word in request.stop]
+    ids = [tokenizer_of(processor).encode(word, add_special_tokens=False) for word in request.stop]
     for word, found in zip(request.stop, ids):
         if len(found) != 1: raise RequestError(f'stop {word!r}: {len(found)} tokens; expected one token of the vocabulary')
     return {found[0] for found in ids}
@@ -239,8 +240,7 @@ class LocalEngine:
         self.model, self.processor, self.batch_size = model, processor, batch_size
         self.encoder = Encoder(processor, model)
         self.stops = self.encoder.stops | turn_end(self.encoder)
-        tokenizer = getattr(processor, 'tokenizer', processor)
-        self.pad = next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0)
+        self.pad = next((t for t in (self.encoder.tokenizer.pad_token_id, self.encoder.tokenizer.eos_token_id) if t is not None), 0)
         self.limit = getattr(model.config.get_text_config(), 'max_position_embeddings', None)
 
     def prepare(self, place:int, request:Request)->tuple[Prompt, int, set[int]]: # its tensors, new tokens at most, stop tokens

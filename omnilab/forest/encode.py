@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Medium', 'read_part', 'placeholders', 'sort_outputs', 'rope_index', 'rope_positions', 'Encoder', 'contents',
-           'without', 'check_shown', 'conversation', 'process', 'last_in', 'prompt', 'longer', 'next_opening', 'answer',
-           'turn', 'encode', 'draw_rows', 'encode_all', 'draw_positions']
+           'without', 'check_shown', 'conversation', 'check_heard', 'process', 'last_in', 'prompt', 'longer',
+           'next_opening', 'answer', 'turn', 'encode', 'draw_rows', 'encode_all', 'draw_positions']
 
-# %% ../../nbs/forest/07_encode.ipynb #946abeda
+# %% ../../nbs/forest/07_encode.ipynb #9caf490a
 import inspect, re
+import numpy as np
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 import torch
@@ -16,11 +17,12 @@ from jinja2 import TemplateError
 from torch import Tensor
 from ..data.media import content_hash, load_audio, load_image, load_video
 from ..data.samples import Message, Part, Problem, Sample, to_message, to_messages
-from .template import Dialect, EncodeError, check_said, continuation, stop_ids, turns, until_stop
+from .template import Dialect, EncodeError, Rendered, check_said, continuation, packed, stop_ids, tokenizer_of, turns, until_stop, what_follows
 from .tree import Row
+from ..models.load import limits
 from tqdm.auto import tqdm
 
-# %% ../../nbs/forest/07_encode.ipynb #c5dfaa6b
+# %% ../../nbs/forest/07_encode.ipynb #9ba41805
 @dataclass
 class Medium:
     "A decoded image, sound or clip."
@@ -41,17 +43,17 @@ def read_part(
     t, h, w = v.frames.shape[:3]
     return Medium(part, v.frames, key, dict(total_num_frames=t, fps=v.fps, duration=v.seconds, frames_indices=list(range(t)), height=h, width=w))
 
-# %% ../../nbs/forest/07_encode.ipynb #629955f3
+# %% ../../nbs/forest/07_encode.ipynb #98040ea7
 def placeholders(
     processor, # a processor or tokenizer
     model=None, # its model
-)->frozenset[int]: # token ids
+)->dict[int, str]: # token id -> 'image', 'video' or 'audio'
     "Tokens that stand for media in the prompt."
-    names = [f'{kind}_token_{end}' for kind in ('image', 'video', 'audio') for end in ('id', 'index')]
-    found = [getattr(o, n, None) for o in (processor, getattr(model, 'config', None)) for n in names]
-    return frozenset(i for i in found if isinstance(i, int))
+    names = {f'{kind}_token_{end}': kind for kind in ('image', 'video', 'audio') for end in ('id', 'index')}
+    found = [(getattr(o, n, None), kind) for o in (processor, getattr(model, 'config', None)) for n, kind in names.items()]
+    return {i: kind for i, kind in found if isinstance(i, int)}
 
-# %% ../../nbs/forest/07_encode.ipynb #ae081914
+# %% ../../nbs/forest/07_encode.ipynb #8cf6a3aa
 def sort_outputs(
     out:dict, # what the processor returned for one row
     sample:Sample, # for messages
@@ -69,7 +71,7 @@ def sort_outputs(
         raise EncodeError(sample, 'the model reads its media by cross-attention, which no forest plan honours; expected media that stand among the tokens')
     return ids[0].tolist(), media, extras
 
-# %% ../../nbs/forest/07_encode.ipynb #9a2ed867
+# %% ../../nbs/forest/07_encode.ipynb #aeb2efb9
 def rope_index(
     model, # a model, or None
 ): # its own function for positions, or None
@@ -98,7 +100,7 @@ def rope_positions(
     out = index(ids[None, :n], **{k: v for k, v in given.items() if k in wanted})[0][:, 0].long()
     return torch.cat([out, out[:, -1:] + 1 + torch.arange(len(ids) - n)], 1)
 
-# %% ../../nbs/forest/07_encode.ipynb #e5aae13b
+# %% ../../nbs/forest/07_encode.ipynb #e4cc6914
 @dataclass
 class Encoder:
     "Samples to rows, for one processor and model."
@@ -108,12 +110,14 @@ class Encoder:
     _media:dict = field(default_factory=dict, repr=False)   # what was read
     _heads:dict = field(default_factory=dict, repr=False)   # what was processed
     _shown:set = field(default_factory=set, repr=False)     # (role, kind) that the template is known to show
+    _heard:int = field(default=0, repr=False)               # samples of the longest sound that is known to be heard to its end
 
     def __post_init__(self):
-        self.tokenizer = getattr(self.processor, 'tokenizer', self.processor)
+        self.tokenizer = tokenizer_of(self.processor)
         self.takes_media = self.tokenizer is not self.processor
-        self.stops, self.placeholders = stop_ids(self.processor, self.model), placeholders(self.processor, self.model)
+        self.stops, self.placeholders, self.limits = stop_ids(self.processor, self.model), placeholders(self.processor, self.model), limits(self.model)
         self.rate = getattr(getattr(self.processor, '_audio_processor', None), 'sampling_rate', 16_000)
+        self.own = not getattr(self.processor, 'chat_template', None)      # tokens by its class's own code
         self.dialect = Dialect.of(getattr(self.processor, 'chat_template', None), self.takes_media)
 
     def remember(self, cache:dict, key, make): # the value for `key`, made when it isn't there; the oldest goes when there are too many
@@ -129,18 +133,34 @@ class Encoder:
 
     def render(self, chat:list[dict], prompt:bool, **kw): # the chat template, as text unless told otherwise
         how = {'add_generation_prompt': prompt, 'tokenize': False, **kw}
+        if self.own and not how['tokenize']: return self.spell(chat, **how)
         try: return self.processor.apply_chat_template(self.dialect.say(chat), **how)
         except TypeError:                                  # DeepSeek's add arguments to a text
             if not any(m.get('tool_calls') for m in chat): raise
             return self.processor.apply_chat_template(replace(self.dialect, quote=True).say(chat), **how)
         except TemplateError as e: raise EncodeError(None, f'the chat template refuses these messages ({e}); expected a conversation that it takes') from None
 
+    def spell(self, chat:list[dict], **how)->Rendered: # by the class's own code
+        how |= dict(tokenize=True, return_dict=True, return_tensors='pt')
+        try: ids = self.processor.apply_chat_template(self.dialect.say(chat), **how)['input_ids'][0].tolist()
+        except Exception as e:                             # classes raise anything
+            what = f'{type(self.processor).__name__} has no chat template, and refuses these messages by itself ({e})'
+            raise EncodeError(None, f'{what}; expected some that it takes') from None
+        return Rendered.of(ids, self.tokenizer)
+
+    def finished(self, chat:list[dict], **kw)->str: # the conversation so far; its answer may have something behind it
+        try: return self.render(chat, False, **kw)
+        except EncodeError:
+            if not self.own or chat[-1]['role'] != 'assistant': raise
+            return self.render([*chat, *what_follows(chat[-1])], True, **kw)
+
     def tokenize(self, text:str, special:bool|None=None)->list[int]: # ids of a rendered text, placeholders unexpanded
+        if getattr(text, 'ids', None) is not None: return text.ids
         bos = self.tokenizer.bos_token
         if special is None: special = self.takes_media and not (bos and text.startswith(bos))       # as processors do
         return self.tokenizer(text, add_special_tokens=special).input_ids
 
-# %% ../../nbs/forest/07_encode.ipynb #47d653e7
+# %% ../../nbs/forest/07_encode.ipynb #00a13265
 def contents(chat:list[dict])->set: # {(role, kind)} of what must be shown
     parts = {(m['role'], p['type']) for m in chat for p in m['content'] if (m['role'], p['type']) != ('assistant', 'text')}
     return parts | {(m['role'], 'tool_calls') for m in chat if m.get('tool_calls')}
@@ -158,7 +178,7 @@ def without(
         return m
     return [change(m) if m['role'] == role else m for m in chat]
 
-# %% ../../nbs/forest/07_encode.ipynb #c56555d5
+# %% ../../nbs/forest/07_encode.ipynb #953a7e0f
 def check_shown(
     enc:Encoder, # with its processor
     chat:list[dict], # the conversation, content as lists of parts
@@ -171,13 +191,14 @@ def check_shown(
     new = sorted(contents(chat) | {('', 'tools')} - enc._shown) if sample.template.get('tools') else sorted(contents(chat) - enc._shown)
     if not new: return
     told = {k: v for k, v in sample.template.items() if k != 'tools'}
-    full = enc.render(chat, False, **sample.template)
+    full = enc.finished(chat, **sample.template)
     for role, kind in new:
-        other = enc.render(chat, False, **told) if kind == 'tools' else enc.render(without(chat, role, kind), False, **sample.template)
+        try: other = enc.finished(chat, **told) if kind == 'tools' else enc.finished(without(chat, role, kind), **sample.template)
+        except EncodeError: other = None                   # it can't do without
         if full == other: raise lost(kind + (f' in a message of role {role!r}' if role else ''), 'them' if kind.startswith('tool') else 'it')
         enc._shown.add((role, kind))
 
-# %% ../../nbs/forest/07_encode.ipynb #0e06245c
+# %% ../../nbs/forest/07_encode.ipynb #69c6b36b
 def conversation(
     enc:Encoder, # with its processor
     sample:Sample, # a conversation
@@ -186,13 +207,38 @@ def conversation(
     "The first `k` messages, decoded."
     def ready(m): return replace(m, parts=tuple(replace(p, value=d.value) if (d := enc.read(p)) else p for p in m.parts))
     chat = to_messages(replace(sample, messages=tuple(map(ready, sample.messages[:k]))))
+    if enc.own: chat = [{**m, 'content': [packed(p, enc.rate) for p in m['content']]} for m in chat]
     other = {p['type'] for m in chat for p in m['content']} - {'text'}
     if other and not enc.takes_media:
         raise EncodeError(sample, f'{", ".join(sorted(other))} for {type(enc.processor).__name__}, a tokenizer; expected text only')
     check_shown(enc, chat, sample)
     return chat, [d for m in sample.messages[:k] for p in m.parts if (d := enc.read(p))]
 
-# %% ../../nbs/forest/07_encode.ipynb #3968228c
+# %% ../../nbs/forest/07_encode.ipynb #ea08ece5
+def check_heard(
+    enc:Encoder, # with its processor
+    chat:list[dict], # the conversation before the answer
+    media:list[Medium], # its media
+    tensors:dict[str, Tensor], # what the processor made of them
+    process, # what makes such tensors of a conversation
+    sample:Sample, # for messages
+):
+    "Refuse a sound whose end the processor leaves out."
+    sounds = [p for m in chat for p in m['content'] if p['type'] == 'audio']
+    for d, old in zip([d for d in media if d.part.type == 'audio'], sounds):
+        if len(d.value) <= enc._heard: continue
+        end, rng = min(len(d.value), enc.rate // 10), np.random.default_rng(0)
+        new = {**old, 'audio': np.concatenate([d.value[:-end], rng.uniform(-.5, .5, end).astype(np.float32)])}
+        if enc.own: new = packed(new, enc.rate)
+        other = process([{**m, 'content': [new if p is old else p for p in m['content']]} for m in chat])
+        if other.keys() == tensors.keys() and all(torch.equal(v, other[k]) for k, v in tensors.items()):
+            window = getattr(getattr(enc.processor, 'feature_extractor', None), 'n_samples', None)
+            known = f' (its window is {window / enc.rate:g} s)' if window else ''
+            found = f'a sound of {len(d.value) / enc.rate:g} s, whose end {type(enc.processor).__name__} leaves out{known}'
+            raise EncodeError(sample, f'{found}; expected one that is heard whole')
+        enc._heard = len(d.value)
+
+# %% ../../nbs/forest/07_encode.ipynb #c85bdf15
 def process(
     enc:Encoder, # with its processor
     chat:list[dict], # the conversation before the answer
@@ -202,14 +248,17 @@ def process(
     "The processor's reading of a prompt."
     clips = [d.meta for d in media if d.meta]
     options = {'processor_kwargs': {'video_metadata': [clips]} if clips else {}} if enc.takes_media else {}
-    ids, tensors, extras = sort_outputs(enc.render(chat, True, tokenize=True, return_dict=True, return_tensors='pt', **options, **sample.template), sample)
+    options |= dict(tokenize=True, return_dict=True, return_tensors='pt', **sample.template)
+    read = lambda chat: sort_outputs(enc.render(chat, True, **options), sample)
+    ids, tensors, extras = read(chat)
     if media and not tensors:
         raise EncodeError(sample, f'{type(enc.processor).__name__} made nothing of {len(media)} media; expected a processor that takes them')
+    check_heard(enc, chat, media, tensors, lambda chat: read(chat)[1], sample)
     if dtype := getattr(enc.model, 'dtype', None):         # some processors insist on bfloat16, whatever the model is; times and the like stay exact
         tensors = {k: v.to(dtype) if v.is_floating_point() and v.dim() > 1 else v for k, v in tensors.items()}
     return ids, tensors, extras
 
-# %% ../../nbs/forest/07_encode.ipynb #21989d6e
+# %% ../../nbs/forest/07_encode.ipynb #0890c383
 def last_in(ids:list[int], found:frozenset[int])->int: # one past the last id that is in `found`; 0 if none
     return max((i + 1 for i, t in enumerate(ids) if t in found), default=0)
 
@@ -234,7 +283,7 @@ def prompt(
 
 def longer(v:Tensor, n:int)->Tensor: return torch.cat([v, v.new_zeros(n)])   # values of n more tokens of text: 0
 
-# %% ../../nbs/forest/07_encode.ipynb #abf8cc56
+# %% ../../nbs/forest/07_encode.ipynb #16dba08b
 def next_opening(
     enc:Encoder, # with its processor
     sample:Sample, # a conversation
@@ -249,7 +298,7 @@ def next_opening(
     end, opening = full.split('</think>')[-1].strip().rpartition('\n')[2], text.partition(mark)[0]       # thoughts may go once more follows
     return enc.tokenize(opening[opening.rindex(end) + len(end):].lstrip(), False)[:1] if end and end in opening else []
 
-# %% ../../nbs/forest/07_encode.ipynb #f1d77093
+# %% ../../nbs/forest/07_encode.ipynb #b49eeda4
 def answer(
     enc:Encoder, # with its processor
     sample:Sample, # a conversation
@@ -257,9 +306,10 @@ def answer(
     before:str, # text of the prompt
 )->list[int]: # tokens to generate, the stop token included
     "What generation would have to write for message `k`."
-    full = enc.render(conversation(enc, sample, k + 1)[0], False, **sample.template)
+    full = enc.finished(conversation(enc, sample, k + 1)[0], **sample.template)
     ids = continuation(before, full, enc.tokenize, sample)
-    check_said(full[len(before):], sample.messages[k], sample)
+    if enc.own: ids = ids[:next((i + 1 for i, t in enumerate(ids) if t in enc.stops), None)]             # the next message may follow
+    check_said(enc.tokenizer.decode(ids) if enc.own else full[len(before):], sample.messages[k], sample)
     media = [d for p in sample.messages[k].parts if (d := enc.read(p))]
     if media:
         kinds = {name: [d.value for d in media if d.part.type == kind] for kind, name in (('image', 'images'), ('video', 'videos'), ('audio', 'audio'))}
@@ -269,7 +319,7 @@ def answer(
     if not enc.stops & {*ids}: ids = ids + [t for t in next_opening(enc, sample, k, full) if t in enc.stops]
     return until_stop(ids, enc.stops, enc.tokenizer, sample)
 
-# %% ../../nbs/forest/07_encode.ipynb #aee4fe96
+# %% ../../nbs/forest/07_encode.ipynb #e5b5bdf3
 def turn(
     enc:Encoder, # with its processor
     sample:Sample, # a conversation
@@ -280,24 +330,30 @@ def turn(
     new, n = answer(enc, sample, k, text), len(ids)
     ids, extras = torch.tensor(ids + new), {name: longer(v, len(new)) for name, v in extras.items()}
     end = last_in(ids[:n].tolist(), enc.placeholders) or n if media else 0
-    return Row(ids, torch.arange(len(ids)) >= n, media, keys, end, rope_positions(enc.model, ids, media, extras, n), extras, sample)
+    row = Row(ids, torch.arange(len(ids)) >= n, media, keys, end, rope_positions(enc.model, ids, media, extras, n), extras, sample, enc.limits.steps)
+    if row.span >= (most := enc.limits.row):
+        raise EncodeError(sample, f'{row.span} positions; expected fewer than {most}, since dynamic rotary frequencies follow the longest row so far')
+    return row
 
-# %% ../../nbs/forest/07_encode.ipynb #b044318a
+# %% ../../nbs/forest/07_encode.ipynb #2d07b1f4
 def encode(
     sample:Sample, # a conversation
     processor, # a processor or tokenizer with a chat template, or an `Encoder`
     model=None, # its model: stop tokens, placeholders, positions
     which:Literal['all', 'last']='all', # turns to learn
-)->list[Row]: # one row for each trained turn
+)->list[Row]: # one row for each trained turn, or for the document
     "A sample as the model will see it."
     enc, out = processor if isinstance(processor, Encoder) else Encoder(processor, model), []
+    if sample.document:
+        from omnilab.forest.document import document       # a page of its own, further on
+        return [document(enc, sample)]
     for k in turns(sample, which):
         try: out.append(turn(enc, sample, k))
         except EncodeError as e: raise EncodeError(sample, e.problem.message, f'messages[{k}]') from None
         except Exception as e: raise EncodeError(sample, f'{type(e).__name__}: {e}', f'messages[{k}]') from e
     return out
 
-# %% ../../nbs/forest/07_encode.ipynb #9a1953a7
+# %% ../../nbs/forest/07_encode.ipynb #b3708936
 def draw_rows(
     tree, # forest.tree.Tree: rows that begin alike
     tokenizer, # to write its tokens
@@ -318,7 +374,7 @@ def draw_rows(
     ax.set(xlim=(0, width), ylim=(.6 - n, .6), xticks=[], yticks=range(0, -n, -1), yticklabels=[f'row {i + 1}' for i in range(n)])
     return ax
 
-# %% ../../nbs/forest/07_encode.ipynb #d33f32dd
+# %% ../../nbs/forest/07_encode.ipynb #1edb4b89
 def encode_all(
     samples, # samples, an iterable
     processor, # a processor or tokenizer with a chat template
@@ -337,7 +393,7 @@ def encode_all(
             problems.append(e.problem)
     return rows, problems
 
-# %% ../../nbs/forest/07_encode.ipynb #1be7149e
+# %% ../../nbs/forest/07_encode.ipynb #6b167c79
 def draw_positions(
     row:Row, # with positions of its own, or none
     ax, # matplotlib axes

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BACKENDS', 'VARLEN', 'CALLS', 'scores', 'attend', 'attend_backward', 'Backend', 'flash', 'flash_backward', 'backend',
-           'node_runs', 'node_levels', 'Call', 'ranges', 'level_calls', 'Varlen', 'pick', 'run_calls',
-           'run_calls_backward', 'pieces', 'heads_first', 'loop', 'loop_backward', 'flash_varlen',
-           'flash_varlen_backward', 'move', 'calls_on', 'compiled_flex', 'block_mask', 'flex']
+           'node_levels', 'Call', 'ranges', 'level_calls', 'Varlen', 'pick', 'run_calls', 'run_calls_backward',
+           'pieces', 'heads_first', 'loop', 'loop_backward', 'flash_varlen', 'flash_varlen_backward', 'move',
+           'calls_on', 'compiled_flex', 'block_mask', 'flex']
 
 # %% ../../nbs/forest/02_kernels.ipynb #e51d0ccb
 from collections.abc import Callable, Iterable
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.utils.weak import WeakTensorKeyDictionary
-from .plan import Plan
+from .plan import Plan, node_runs
 
 # %% ../../nbs/forest/02_kernels.ipynb #4ed67557
 def scores(
@@ -79,17 +79,7 @@ def backend(
     "Which kernels run these tensors."
     return BACKENDS['flash_cpu' if q.device.type == 'cpu' and q.shape[-1] == v.shape[-1] and not cap else 'torch']
 
-# %% ../../nbs/forest/02_kernels.ipynb #9a028169
-def node_runs(
-    rule:Tensor, # end, depth, low and reach of every token, [4, n]
-)->Tensor: # start, stop, end of every node, [nodes, 3]
-    "The nodes of a row, read from its rule."
-    end, depth = rule[0], rule[1]
-    new = torch.ones(len(end), dtype=torch.bool)
-    new[1:] = (end[1:] != end[:-1]) | (depth[1:] != depth[:-1] + 1)
-    start = new.nonzero()[:, 0]
-    return torch.stack([start, torch.cat([start[1:], torch.tensor([len(end)])]), end[start]], 1)
-
+# %% ../../nbs/forest/02_kernels.ipynb #300dc2b5
 def node_levels(
     nodes:Tensor, # start, stop, end of every node, depth-first, [nodes, 3]
 )->list[int]: # ancestors of each

@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 import numpy as np
 from torch import Tensor
-from .bins import Handle, Pack, Packs
+from .bins import Handle, Pack, Packs, apart
 from .fit import exact, ripe
 from .tree import Tree
 
@@ -193,7 +193,8 @@ class Lane:
         while len(held) < self.window and (row := next(rows, None)): at, held = row[0] + 1, held + [(row[0], k, t) for k, t in enumerate(self.trees(row[1]))]
         over = len(held) < self.window
         if over and not held and not start['at']: raise ValueError(f'lane {self.shard[0]} of {self.shard[1]}: no rows to learn from; expected one in each lane')
-        go = (exact if over else ripe)([len(t) for *_, t in held], self.max_length)
+        go = [[side[k] for k in b] for side in apart([t for *_, t in held])
+              for b in (exact if over else ripe)([len(held[i][2]) for i in side], self.max_length)]
         mixed = np.random.default_rng([self.seed, start['epoch'], at, self.shard[0]]).permutation(len(go))
         gone = {i for b in go for i in b}
         rest = [x for i, x in enumerate(held) if i not in gone]

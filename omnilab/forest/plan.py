@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CALL', 'FULL', 'CAUSAL', 'MASKED', 'BAND', 'BLOCK', 'visible', 'cost', 'triangle', 'join', 'tile', 'halves', 'narrow',
-           'Plan', 'plan', 'block_ends', 'restrict', 'tile_mask', 'draw_plan']
+           'Plan', 'node_runs', 'plan', 'block_ends', 'restrict', 'tile_mask', 'draw_plan']
 
 # %% ../../nbs/forest/01_plan.ipynb #d75e1bf5
 from dataclasses import dataclass, field
@@ -19,11 +19,14 @@ def visible(
     depth:Tensor|None=None, # tokens before it on its path, [n]
     low:Tensor|None=None, # least depth of a key that each query sees, [n]; None: 0
     reach:Tensor|None=None, # last key each query may see, [n]; None: itself
-)->Tensor: # may query q (row) see key k (column)?, bool [n, n]
+    q:Tensor|None=None, # the queries to ask about; None: all
+    k:Tensor|None=None, # the keys; None: all
+)->Tensor: # may query q (row) see key k (column)?, bool [q, k]
     "The rule as a dense mask: the reference, and fine for small rows."
     t = torch.arange(len(end))
-    seen = (t <= (t if reach is None else reach)[:, None]) & (t[:, None] < end)
-    return seen if low is None else seen & (depth >= low[:, None])
+    q, k = t if q is None else q, t if k is None else k
+    seen = (k <= (t if reach is None else reach)[q][:, None]) & (q[:, None] < end[k])
+    return seen if low is None else seen & (depth[k] >= low[q][:, None])
 
 # %% ../../nbs/forest/01_plan.ipynb #e8231874
 CALL = 2048                                # cells of work that one more kernel call costs
@@ -117,10 +120,11 @@ class Plan:
     call:int = CALL     # cells that a kernel call was said to cost
     views:dict = field(default_factory=dict)    # what layers with windows or blocks see; made when first asked for
     positions:Tensor|None = None    # the position ids that go with it, [1, n] or [p, 1, n]; None: the depths
+    spans:tuple[int, int] = (0, 0)  # positions that the shortest and the longest row take, of those that learn
 
     def __len__(self): return self.rule.shape[1]
     def __repr__(self): return f'Plan({len(self)} tokens, {len(self.nodes)} nodes, {len(self.tiles)} tiles)'
-    def visible(self)->Tensor: return visible(*self.rule)           # the dense mask, bool [n, n]
+    def visible(self, q:Tensor|None=None, k:Tensor|None=None)->Tensor: return visible(*self.rule, q, k)     # the dense mask of all, or of some, bool [q, k]
 
     def view(self,
         window:int|None=None, # keys that a query sees, itself included
@@ -135,18 +139,29 @@ class Plan:
         if key not in self.views: self.views[key] = restrict(self, *key[:2], blocks if key[2] else None, bounded)
         return self.views[key]
 
-# %% ../../nbs/forest/01_plan.ipynb #9bd20e87
+# %% ../../nbs/forest/01_plan.ipynb #a5087e80
+def node_runs(
+    rule:Tensor, # end, depth, low and reach of every token, [4, n]
+)->Tensor: # start, stop, end of every node, [nodes, 3]
+    "The nodes of a row, read from its rule."
+    end, depth = rule[0], rule[1]
+    new = torch.ones(len(end), dtype=torch.bool)
+    new[1:] = (end[1:] != end[:-1]) | (depth[1:] != depth[:-1] + 1)
+    start = new.nonzero()[:, 0]
+    return torch.stack([start, torch.cat([start[1:], torch.tensor([len(end)])]), end[start]], 1)
+
 def plan(
     trees:list[Tree], # what lies in the row, in this order
     call:int=CALL, # cells that a kernel call costs; 0 gives the smallest area
 )->Plan: # for the row
     "The rectangles of a row of trees."
     starts = torch.tensor([0] + [len(t) for t in trees]).cumsum(0)
-    nodes = torch.cat([t.nodes[:, :3] + o for t, o in zip(trees, starts)])
-    tiles = torch.tensor(tile([tuple(x) for x in nodes.tolist()], call))
     end, depth = torch.cat([t.end + o for t, o in zip(trees, starts)]), torch.cat([t.depth for t in trees])
     rule = torch.stack([end, depth, torch.zeros_like(depth), torch.arange(len(depth))])
-    return Plan(nodes, tiles, rule, int(depth.max()) + 1, call=call)
+    nodes = node_runs(rule)
+    tiles = torch.tensor(tile([tuple(x) for x in nodes.tolist()], call))
+    spans = [r.span for t in trees for r in t.rows if r.target.any()] or [0]
+    return Plan(nodes, tiles, rule, int(depth.max()) + 1, call=call, spans=(min(spans), max(spans)))
 
 # %% ../../nbs/forest/01_plan.ipynb #a1cd8035
 def block_ends(

@@ -25,6 +25,7 @@ class Row:
     positions:Tensor|None = None                # the model's own positions, [p, n]; None: 0, 1, 2, …
     extras:dict[str, Tensor] = field(default_factory=dict)  # other integer inputs with one value a token, each [n]
     sample:Any = None                           # where the row comes from
+    steps:tuple[int, ...] = ()                  # positions beyond which the model reads a row with other frequencies
 
     def __post_init__(self):
         if len(self.ids) != len(self.target): raise ValueError(f'row {self.origin}: {len(self.ids)} ids but {len(self.target)} target marks')
@@ -34,6 +35,10 @@ class Row:
     def __len__(self): return len(self.ids)
     @property
     def origin(self): return getattr(self.sample, 'origin', '') or '(no origin)'
+    @property
+    def span(self): return len(self) if self.positions is None else int(self.positions.max()) + 1   # positions that it takes
+    @property
+    def side(self): return sum(self.span > n for n in self.steps)       # how many of the steps it is beyond
     def __repr__(self): return f'Row({len(self)} tokens, {int(self.target.sum())} trained, {len(self.media_keys)} media)'
 
 # %% ../../nbs/forest/00_tree.ipynb #b3837fa4
@@ -154,6 +159,8 @@ def check_alike(
     "Refuse rows that don't begin alike."
     head = max(1, *(r.media_end for r in rows))
     for r, c in zip(rows[1:], cols[1:]):
+        if r.side != rows[0].side:
+            raise ValueError(f'rows {rows[0].origin} and {r.origin} in one tree, of {rows[0].span} and {r.span} positions; expected one side of {r.steps}')
         if r.media_keys == rows[0].media_keys and r.extras.keys() == rows[0].extras.keys() and np.array_equal(c[:head], cols[0][:head]): continue
         raise ValueError(f'rows {rows[0].origin} and {r.origin} in one tree; expected the same media and the same first {head} token{"s" * (head > 1)}')
 
@@ -215,6 +222,6 @@ def forest(
     groups = {}
     for i, r in enumerate(rows):
         head = columns(r)[:r.media_end or min_shared]
-        key = (r.media_keys, tuple(sorted(r.extras)), head.shape, head.tobytes()) if merge else i
+        key = (r.side, r.media_keys, tuple(sorted(r.extras)), head.shape, head.tobytes()) if merge else i
         groups.setdefault(key, []).append(r)
     return [t for g in groups.values() for t in grow(g, max_length)]

@@ -45,10 +45,10 @@ class ModelArgs:
 @dataclass
 class DataArgs:
     "The rows to learn from."
-    train:str = opt('', 'file of rows (JSONL or JSON) to learn from')
-    mixture:dict[str, Size] = opt({}, 'instead of train: files, each with its share of the packs')
-    streaming:bool = opt(False, 'rows are read while training, for files too large to plan; needs train.steps')
-    test:str = opt('', 'file of held-out rows; scored by loss and by generation')
+    train:str = opt('', 'rows to learn from: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files, a folder, or hf:NAME of the hub')
+    mixture:dict[str, Size] = opt({}, 'instead of train: files or the like, each with its share of the packs')
+    streaming:bool = opt(False, 'rows are read while training, where they are too many to plan; needs train.steps')
+    test:str = opt('', 'held-out rows; scored by loss and by generation')
     on_error:Literal['raise', 'skip'] = opt('raise', "a row that can't be read: end the run, or skip and list it")
     turns:Literal['all', 'last'] = opt('all', "the assistant's turns that are learned; last: those behind the last question. A message's `loss` overrides")
     merge:bool = opt(True, 'rows that begin alike (one image, many questions) share what they share')
@@ -107,9 +107,10 @@ class SFTRecipe:
     output:str = opt(str(settings.paths.runs/'sft'), 'folder of the run')
     resume:bool = opt(True, 'go on from the last checkpoint in `output`, if there is one')
     dry_run:bool = opt(False, 'two steps, peak memory and rendered samples; nothing is written')
+    check:bool = opt(False, 'first ask a twin of the model whether it can be trained as it is, as `omnilab check` does; seconds')
 
 # %% ../../nbs/train/00_recipe.ipynb #50a7b3a9
-FREE = ('output', 'resume', 'dry_run', 'data.test', 'data.eval_rows', 'data.max_new_tokens',
+FREE = ('output', 'resume', 'dry_run', 'check', 'data.test', 'data.eval_rows', 'data.max_new_tokens',
         'train.eval_every', 'train.save_every', 'train.keep', 'train.tracker', 'train.device')
 
 # %% ../../nbs/train/00_recipe.ipynb #4cada7ad
