@@ -163,9 +163,11 @@ class Packs:
     def __iter__(self): return iter(self.packs)
     @property
     def problems(self): return self.packs.problems
+    @property
+    def notices(self): return self.packs.notices
     def __repr__(self): return repr(self.packs)
     def _repr_html_(self):
-        bad = ''.join(f'<li>{escape(str(p))}</li>' for p in self.problems[:10])
+        bad = ''.join(f'<li>{escape(str(p))}</li>' for p in [*self.problems[:10], *self.notices[:10]])
         return f'<b>{escape(repr(self))}</b>, {len(self.samples)} samples' + (f'<ul>{bad}</ul>' if bad else '')
     @cached_property
     def bars(self): # all trees, and how they lie
@@ -186,11 +188,13 @@ def pack(
     merge:bool=True, # rows that begin alike share what they share
     turns:str='all', # 'last': of each conversation, the answers behind its last question
     on_error:str='raise', # 'skip': rows that can't be encoded or are too long are listed in `.problems`
+    packing:str|bool='exact', # which go together: exact, window, balanced, ordered; False: a tree a pack
+    oversize:str='refuse', # what is too long: refuse, skip, split, truncate; what is changed is listed in `.notices`
     workers:int=0, # processes that encode beside this one
 )->Packs:
     "Render, merge and pack rows."
     from omnilab.train.sft import read_packs
-    told = dict(merge=merge, turns=turns, on_error=on_error)
+    told = dict(merge=merge, turns=turns, on_error=on_error, packing=packing, oversize=oversize)
     given = {'train.max_length': max_length, 'data.workers': workers, **{f'data.{k}': v for k, v in told.items()}}
     r = build(SFTRecipe, [Entry(k, v, 'pack') for k, v in given.items()])
     how = dict(getattr(samples, 'recipe', {}), max_length=max_length, **told)
@@ -298,7 +302,7 @@ def plan(
 )->SFTRecipe: # whole, but for the rows
     "The recipe of a run that a notebook describes."
     set_ = dict(name=m.name, dtype=m.recipe['dtype'], kind=adapter or 'none', max_length=p.recipe['max_length'], merge=p.recipe['merge'],
-                turns=p.recipe['turns'], on_error=p.recipe['on_error'], device=m.recipe['device'])
+                turns=p.recipe['turns'], on_error=p.recipe['on_error'], packing=p.recipe['packing'], oversize=p.recipe['oversize'], device=m.recipe['device'])
     if m.recipe['adapter']: raise ValueError(f'sft: {m.name} with the adapter {m.recipe["adapter"]}; expected a plain model (merge it first)')
     recipe = build(SFTRecipe, entries(set_ | given))
     recipe.output = str(output or settings.paths.runs/run_name(recipe, p.packs))

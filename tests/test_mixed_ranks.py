@@ -47,14 +47,15 @@ def trained(family, frozen):
     "Losses and weights of a run; the packs are taken in order, two a step."
     from functools import partial
     from omnilab.forest.dummy import complete, dummies
+    from omnilab.forest.loader import Loader
     from omnilab.objectives.score import Scorer
     from omnilab.objectives.sft import sft_objective, size
-    from omnilab.train.loop import Epochs, accelerator, optimizers, prepare, schedule, train
+    from omnilab.train.loop import accelerator, optimizers, prepare, schedule, train
     model, enc, packs = make(family)
     for n, p in model.named_parameters(): p.requires_grad_(not (frozen and tower(n)))
     whole, rows = partial(complete, dummies=dummies(packs, enc)), []
     keep = type('Keep', (), {'on_step': lambda self, run: rows.append(run.metrics['loss'])})()
-    run = prepare(Scorer(model), optimizers(model, lr=.01), accelerator(device='cpu'), map(whole, packs[:2]), complete=whole, data=Epochs(packs, shuffle=False),
+    run = prepare(Scorer(model), optimizers(model, lr=.01), accelerator(device='cpu'), map(whole, packs[:2]), complete=whole, data=Loader(packs, shuffle=False),
                   objective=sft_objective(), size=size, schedule=schedule('constant', 5), steps=len(packs) // 2, packs=2)
     train(run, [keep])
     looks = getattr(run.accelerator.ddp_handler, 'find_unused_parameters', None)
@@ -97,7 +98,8 @@ def worker(out):
 @pytest.fixture(scope='module')
 def results(tmp_path_factory):
     folder, out = tmp_path_factory.mktemp('mixed'), []
-    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'PYTHONPATH': f'{Path(__file__).parents[1]}{os.pathsep}{Path(__file__).parent}'}
+    env = {**os.environ, 'ACCELERATE_USE_CPU': 'true', 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '',
+           'PYTHONPATH': f'{Path(__file__).parents[1]}{os.pathsep}{Path(__file__).parent}'}
     for n in (1, 2):
         cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', str(n), __file__, str(folder/f'{n}.pt')]
         done = subprocess.run(cmd, env=env, capture_output=True, text=True, timeout=300)

@@ -43,15 +43,16 @@ class Slow:
 
 
 def worker(folder):
+    from omnilab.forest.loader import Loader
     from omnilab.objectives.score import Scorer
     from omnilab.objectives.sft import sft_objective, size
     from omnilab.train.callbacks import MetricsFile
     from omnilab.train.checkpoint import Checkpoint, resume
-    from omnilab.train.loop import Epochs, accelerator, optimizers, prepare, schedule, train
+    from omnilab.train.loop import accelerator, optimizers, prepare, schedule, train
     folder, recipe = Path(folder), {'seed': 0}
     torch.manual_seed(0)
     net = Tiny()
-    run = prepare(Scorer(net), optimizers(net, 'muon', lr=.01, weight_decay=.1), accelerator(device='cpu'), data=Epochs([toy(n) for n in range(4, 9)]),
+    run = prepare(Scorer(net), optimizers(net, 'muon', lr=.01, weight_decay=.1), accelerator(device='cpu'), data=Loader([toy(n) for n in range(4, 9)]),
                   objective=sft_objective(), size=size, schedule=schedule('wsd', STEPS, 3), steps=STEPS, packs=2)
     resume(run, folder/'checkpoints', recipe)
     print('from', run.step, flush=True)

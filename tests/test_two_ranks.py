@@ -55,14 +55,15 @@ class Keep:
 
 
 def build(seed, dropout=0.):
+    from omnilab.forest.loader import Loader
     from omnilab.objectives.score import Scorer
     from omnilab.objectives.sft import sft_objective, size
-    from omnilab.train.loop import Epochs, accelerator, optimizers, prepare, schedule
+    from omnilab.train.loop import accelerator, optimizers, prepare, schedule
     torch.manual_seed(seed)
     model, acc = Tiny(dropout=dropout), accelerator(device='cpu')
     torch.manual_seed(seed + acc.process_index)         # every process its own dropout; the head runs on 3 rows at a time
     return prepare(Scorer(model, logits=100), optimizers(model, lr=.01, weight_decay=.1), acc, [toy(4), toy(6)],
-                   data=Epochs([toy(n) for n in range(4, 9)], seed=1), objective=sft_objective(Kinds()), size=size,
+                   data=Loader([toy(n) for n in range(4, 9)], seed=1), objective=sft_objective(Kinds()), size=size,
                    schedule=schedule('cosine', STEPS, 1), steps=STEPS, packs=3)
 
 

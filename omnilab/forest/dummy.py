@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from ..data.media import Audio, Video
 from ..data.parts import MEDIA, Message, Part, Sample
-from .bins import Pack, collate
+from .bins import Pack, collate, handles
 from .encode import EncodeError, Encoder, encode
 from .tree import Tree, forest
 
@@ -42,16 +42,16 @@ def dummy(
 
 # %% ../../nbs/forest/09_dummy.ipynb #3c9979db
 def dummies(
-    packs:Iterable[Pack], # of a dataset
+    packs:Iterable[Pack]|None, # of a dataset; None: of a stream, nobody knows what comes
     enc:Encoder, # with the model's processor
 )->list[Tree]: # as few as there are modalities
     "A tree without targets for everything that some packs hold."
-    needed, out, why = {k for p in packs for k in p.media}, [], {}
-    for kind in MEDIA if needed else ():
+    needed, out, why = None if packs is None else {k for p in handles(packs) for k in p.media}, [], {}
+    for kind in MEDIA if needed != set() else ():
         try: t = dummy(kind, enc)
         except EncodeError as e: why[kind] = e.problem.message; continue    # a model takes some kinds only
-        if needed & t.media.keys(): out.append(t)
-    if lost := sorted(needed - {k for t in out for k in t.media}):
+        if needed is None or needed & t.media.keys(): out.append(t)
+    if lost := sorted((needed or set()) - {k for t in out for k in t.media}):
         raise ValueError(f'{", ".join(lost)}: no dummy holds this input, so processes could wait for each other ({why})')
     return out
 

@@ -17,6 +17,7 @@ import psutil
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from ..forest.bins import Handle, handles
 from ..models.encoders import token_diversity
 from .checkpoint import undisturbed
 from .loop import Run
@@ -196,8 +197,9 @@ def richest(
     packs:Iterable, # to choose from
 )->Any: # the first of those with the most modalities; None if no pack has any
     "A pack to watch."
-    best = max(packs, key=lambda p: len(modalities(p)), default=None)
-    return best if best is not None and modalities(best) else None
+    kinds = lambda p: {modality_of(name) for name in p.media} - {''}
+    best = max(handles(packs), key=lambda p: len(kinds(p)), default=None)
+    return None if best is None or not kinds(best) else best.load() if isinstance(best, Handle) else best
 
 # %% ../../nbs/train/03_callbacks.ipynb #d9c87581
 class TokenDiversity:

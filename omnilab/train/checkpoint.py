@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['rng_state', 'set_rng_state', 'undisturbed', 'moving', 'load_weights', 'fsync', 'write_folder', 'checkpoints', 'prune',
-           'flat', 'differences', 'snapshot', 'save', 'resume', 'Checkpoint']
+           'flat', 'differences', 'snapshot', 'save', 'go_on', 'resume', 'Checkpoint']
 
 # %% ../../nbs/train/02_checkpoint.ipynb #5a1a7c46
 import io, json, os, random, re, shutil
@@ -152,6 +152,17 @@ def save(
     run.accelerator.wait_for_everyone()
     return target
 
+# %% ../../nbs/train/02_checkpoint.ipynb #3e2834b4
+def go_on(
+    states:list[dict], # random state of each process that wrote the checkpoint
+    accelerator, # knows this process
+):
+    "This process' random numbers go on; one that wasn't there begins its own."
+    rank, world = accelerator.process_index, accelerator.num_processes
+    if world != len(states): accelerator.print(f'resumed on {world} processes, written by {len(states)}: same order of data, other random numbers (dropout)')
+    set_rng_state(states[min(rank, len(states) - 1)])
+    if rank >= len(states): torch.manual_seed(torch.initial_seed() + rank)
+
 # %% ../../nbs/train/02_checkpoint.ipynb #8ac232a2
 def resume(
     run:Run, # freshly prepared from the same recipe; changed in place
@@ -164,14 +175,12 @@ def resume(
     path = found[-1]
     if d := differences(json.loads((path/'recipe.json').read_text()), recipe, free): raise ValueError(f'{path} was made by another recipe: {"; ".join(d)}')
     state = torch.load(path/'state.pt', map_location='cpu', weights_only=True)
-    if (n := len(state['rng'])) != run.accelerator.num_processes:
-        raise ValueError(f'{path} was written by {n} processes, this run has {run.accelerator.num_processes}')
     load_weights(run.model, load_file(path/'weights.safetensors'), str(path))
     for o, s in zip(run.optimizers, state['optimizers'], strict=True): o.load_state_dict(s)
     if state['scaler']: run.accelerator.scaler.load_state_dict(state['scaler'])
     run.data.load_state_dict(state['data'])
     run.step = state['step']
-    set_rng_state(state['rng'][run.accelerator.process_index])
+    go_on(state['rng'], run.accelerator)
     return path
 
 # %% ../../nbs/train/02_checkpoint.ipynb #e82cd972

@@ -38,6 +38,7 @@ from ..engine.local import LocalEngine
 from ..forest.bins import Pack, collate
 from ..forest.dummy import complete, dummies
 from ..forest.encode import Encoder, encode
+from ..forest.loader import Ready, Ticket
 from ..forest.tree import Tree, forest
 from ..metrics.tasks import evaluate
 from ..models.codecs import AudioCodec, ImageCodec, KMeansVQ, ceiling
@@ -49,7 +50,7 @@ from ..objectives.sft import sft_objective, size
 from ..settings import settings
 from .callbacks import MetricsFile, ModalityGap, Progress, TensorBoard, TokenDiversity
 from .checkpoint import Checkpoint, resume
-from .loop import Stream, accelerator, fits, optimizers, prepare, schedule, train
+from .loop import accelerator, fits, optimizers, prepare, schedule, train
 from .recipe import Count, Share, Size, TrainArgs, Whole, command, opt, to_yaml
 
 # %% ../../nbs/train/08_pretrain.ipynb #352dd0b5
@@ -133,7 +134,7 @@ class WorldPacks(Iterator):
         max_length:int=512, # tokens of a pack
     ):
         self.questions, self.encoder, self.max_length, self.group, self.used = questions, Encoder(processor, keep=8), max_length, 0, 0
-        self._trees = (None, [])
+        self.names, self.epoch, self._trees = (), 0, (None, [])
 
     def trees(self)->list[Tree]: # of the current group; kept until the next is asked for
         if self._trees[0] != self.group:
@@ -151,6 +152,7 @@ class WorldPacks(Iterator):
             if len(t) > room: return collate(taken)
             taken.append(t); room -= len(t); self.used += 1
 
+    def take(self, n:int)->list[Ticket]: return [Ticket(Ready(next(self))) for _ in range(n)]    # every process makes all of a step
     def state_dict(self)->dict: return {'group': self.group, 'used': self.used}
     def load_state_dict(self, state:dict): self.group, self.used = state['group'], state['used']
 
@@ -403,7 +405,7 @@ def stage(
     held_out = watched(recipe, processor)
     whole = partial(complete, dummies=dummies([held_out], packs.encoder))
     run = prepare(Scorer(model, entropy=False), optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, t.lr_scale), acc,
-                  [held_out], complete=whole, data=Stream(packs), objective=sft_objective(processor, t.z_loss), size=size, steps=t.steps, packs=t.packs,
+                  [held_out], complete=whole, data=packs, objective=sft_objective(processor, t.z_loss), size=size, steps=t.steps, packs=t.packs,
                   clip=t.clip, schedule=schedule(t.schedule, t.steps, round(t.warmup * t.steps), t.decay))
     facts = asdict(recipe)
     if recipe.resume: resume(run, out/'checkpoints', facts, FREE)

@@ -46,6 +46,8 @@ class ModelArgs:
 class DataArgs:
     "The rows to learn from."
     train:str = opt('', 'rows to learn from: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files, a folder, or hf:NAME of the hub')
+    mixture:dict[str, Size] = opt({}, 'instead of train: files or the like, each with its share of the packs')
+    streaming:bool = opt(False, 'rows are read while training, where they are too many to plan; needs train.steps')
     test:str = opt('', 'held-out rows; scored by loss and by generation')
     on_error:Literal['raise', 'skip'] = opt('raise', "a row that can't be read: end the run, or skip and list it")
     system:str = opt('', 'said by the system at the beginning of every conversation that has no system message; empty: nothing')
@@ -54,6 +56,9 @@ class DataArgs:
     cache:bool = opt(True, 'keep encoded rows for epochs, processes and later runs (settings: paths.cache; omnilab cache shows them)')
     full:Literal['continue', 'raise'] = opt('continue', 'where nothing can be written to the cache: keep rows in memory, or end the run')
     workers:Whole = opt(0, 'processes that encode beside each of the run; 0: it does so itself')
+    packing:Literal['exact', 'window', 'balanced', 'ordered', False] = opt('exact', 'exact: fullest; balanced: even work; false: one tree a pack')
+    window:Count = opt(256, 'trees that are held, where packs are made by a window or from a stream')
+    oversize:Literal['refuse', 'skip', 'split', 'truncate'] = opt('refuse', 'a tree longer than a pack; split: a document in pieces; truncate: without its end')
     eval_rows:Whole = opt(64, 'held-out rows that are answered at each evaluation; 0: all')
     max_new_tokens:Count = opt(256, 'tokens of an answer at most')
 
@@ -149,7 +154,7 @@ def describe(
         (low, high), word = typing.get_args(kind)[1], 'a whole number' if typing.get_args(kind)[0] is int else 'a number'
         return f'{word}, {low} or more' if high == inf else f'{word} between {low} and {high}'
     args = typing.get_args(kind)
-    if typing.get_origin(kind) is Literal: return ', '.join(args[:-1]) + f' or {args[-1]}'
+    if typing.get_origin(kind) is Literal: return ', '.join(args[:-1]) + f' or {str(args[-1]).lower() if args[-1] is False else args[-1]}'
     if typing.get_origin(kind) in (types.UnionType, typing.Union): return f'{describe(args[0])}, or null'
     if typing.get_origin(kind) is list: return 'a list'
     if typing.get_origin(kind) is dict: return f'a mapping of names to {describe(args[1]).replace("a number", "numbers")}'
@@ -176,7 +181,7 @@ def coerce(
     "A value as its field wants it; ValueError if it doesn't fit."
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated: return number(value, args[0], *args[1])
-    if origin is Literal: return args[args.index(value)]
+    if origin is Literal: return args[args.index(False if False in args and str(value).lower() == 'false' else value)]
     if origin in (types.UnionType, typing.Union): return None if value in (None, 'null', 'none', '') else coerce(value, args[0])
     if kind is bool: return {'true': True, 'false': False}[str(value).lower()]
     if origin in (list, dict) and isinstance(value, str):
