@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason='needs a Chromium')
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason='needs a Chromium')]
 
 ROWS = '''
 import numpy as np, time, torch
