@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Size', 'Share', 'FREE', 'opt', 'ModelArgs', 'DataArgs', 'MediaArgs', 'AdapterArgs', 'TrainArgs',
-           'SFTRecipe', 'Option', 'options', 'describe', 'number', 'coerce', 'RecipeError', 'Entry', 'walk',
-           'read_yaml', 'read_args', 'tables', 'unknown', 'build', 'from_args', 'to_yaml', 'help_text', 'command']
+           'GaLoreArgs', 'SFTRecipe', 'Option', 'options', 'describe', 'number', 'coerce', 'RecipeError', 'Entry',
+           'walk', 'read_yaml', 'read_args', 'tables', 'unknown', 'build', 'from_args', 'to_yaml', 'help_text',
+           'command']
 
 # %% ../../nbs/train/00_recipe.ipynb #b36523c1
 import sys, types, typing
@@ -90,7 +91,7 @@ class TrainArgs:
     epochs:Size = opt(1., 'times that every row is seen')
     packs:Count = opt(1, 'packs of a step, over all processes')
     max_length:Count = opt(2048, 'tokens of a pack')
-    optimizer:Literal['adamw', 'muon'] = opt('adamw', 'muon: for matrices inside the network, AdamW for the rest')
+    optimizer:Literal['adamw', 'muon', 'galore', 'qgalore', 'apollo'] = opt('adamw', 'all but adamw: for matrices inside the network, AdamW for the rest')
     lr:Size = opt(2e-4, 'peak learning rate')
     lr_scale:dict[str, Size] = opt({}, 'factor on lr for a part of the model or a pattern of parameters')
     freeze:list[str] = opt([], 'parts of the model or patterns of parameters that stay as they are')
@@ -109,6 +110,17 @@ class TrainArgs:
     keep:Whole = opt(2, 'newest checkpoints that stay; 0: all')
     tracker:Literal['none', 'tensorboard'] = opt(settings.train.tracker, 'where curves go, beside metrics.jsonl')
 
+# %% ../../nbs/train/00_recipe.ipynb #b9367367
+@dataclass
+class GaLoreArgs:
+    "What galore, qgalore and apollo remember; a setting that the chosen one doesn't have is refused."
+    rank:Count|None = opt(None, 'directions of a gradient that are remembered')
+    every:Count|None = opt(None, 'steps between new directions')
+    scale:Size|None = opt(None, 'on every update; apollo: on its square')
+    inner:Literal['adamw', 'adamw8bit', 'adafactor']|None = opt(None, 'galore, qgalore: what runs in the remembered directions')
+    moments:Literal['rotate', 'keep', 'reset']|None = opt(None, 'galore, qgalore: what becomes of moments at new directions')
+    per:Literal['channel', 'tensor']|None = opt(None, 'apollo: a factor for each channel, or one for a matrix')
+
 # %% ../../nbs/train/00_recipe.ipynb #381b69b5
 @dataclass
 class SFTRecipe:
@@ -118,6 +130,7 @@ class SFTRecipe:
     adapter:AdapterArgs = field(default_factory=AdapterArgs)
     train:TrainArgs = field(default_factory=TrainArgs)
     media:MediaArgs = field(default_factory=MediaArgs)
+    galore:GaLoreArgs = field(default_factory=GaLoreArgs)
     output:str = opt(str(settings.paths.runs/'sft'), 'folder of the run')
     resume:bool = opt(True, 'go on from the last checkpoint in `output`, if there is one')
     dry_run:bool = opt(False, 'two steps, peak memory and rendered samples; nothing is written')

@@ -44,6 +44,8 @@ def check(
     if recipe.model.attention != 'forest': raise RecipeError(f'model.attention = {recipe.model.attention!r}: packs of trees need forest')
     if recipe.model.quantize != 'none' and recipe.adapter.kind == 'none':
         raise RecipeError(f'model.quantize = {recipe.model.quantize!r} with adapter.kind = \'none\': quantised weights cannot move; expected an adapter')
+    if recipe.train.optimizer in ('galore', 'qgalore', 'apollo') and recipe.adapter.kind != 'none':
+        raise RecipeError(f'train.optimizer = {recipe.train.optimizer!r} with adapter.kind = {recipe.adapter.kind!r}: adapters are small; expected none')
     if not recipe.train.steps and not recipe.train.epochs: raise RecipeError('train.steps and train.epochs are both 0; expected one of them')
     return recipe
 
@@ -271,7 +273,8 @@ def prepare_run(
     model, acc = trainable(loaded.model, recipe), accelerator(t.precision, t.device)
     data = feed(recipe, loaded, packs, acc)
     steps = t.steps or data.steps(t.packs, t.epochs)
-    opts = optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, t.lr_scale, part_of(model))
+    low = {k: v for k, v in asdict(recipe.galore).items() if v is not None}
+    opts = optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, t.lr_scale, part_of(model), low)
     whole, probes = company(loaded, packs)
     set_seed(t.seed, device_specific=True)
     factor = schedule(t.schedule, steps, round(t.warmup * steps), t.decay)

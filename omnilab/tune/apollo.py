@@ -9,7 +9,7 @@ __all__ = ['directions', 'stretch', 'limit', 'Apollo']
 from collections.abc import Iterable
 import torch
 from torch import Tensor
-from .galore import LowRank, adam, wide
+from .galore import LowRank, adam
 
 # %% ../../nbs/tune/03_apollo.ipynb #de61d8ce
 def directions(
@@ -69,9 +69,9 @@ class Apollo(LowRank):
             if g[k] < 1: raise ValueError(f'{k} = {g[k]}: expected 1 or more')
         if 0 < g['growth'] < 1: raise ValueError(f'growth = {g["growth"]}: expected 1 or more, or 0 for no limit')
 
-    def move(self, p:Tensor, G:Tensor, state:dict, group:dict):
+    def direction(self, G:Tensor, state:dict, group:dict)->Tensor: # as G: what is subtracted, for a rate of 1
         turn = (int(state['step']) - 1) // group['every']
         R = directions(len(G), min(group['rank'], len(G)), group['seed'], turn, G.device).T @ G
         update = G * stretch(R, adam(state, R, group['betas'], group['eps']), group['per'])
         if group['growth']: update, state['length'] = limit(update, state.get('length'), group['growth'])
-        wide(p).sub_(group['lr'] * group['scale']**.5 * update)
+        return group['scale']**.5 * update

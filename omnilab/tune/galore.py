@@ -130,7 +130,7 @@ def carry(
 
 # %% ../../nbs/tune/01_galore.ipynb #067a136d
 class LowRank(Optimizer):
-    "A torch optimiser of matrices; a subclass moves one matrix a time."
+    "A torch optimiser of matrices; a subclass gives the `direction` of one matrix."
     def __init__(self,
         params:Iterable, # matrices, or groups of them
         lr:float, # peak learning rate
@@ -156,9 +156,12 @@ class LowRank(Optimizer):
                 if isinstance(p, DTensor): raise NotImplementedError(f'{type(self).__name__} sees whole matrices; expected DDP or one process, not FSDP2')
                 state = self.state[p]
                 state['step'] = state.get('step', torch.tensor(0.)) + 1
-                p.mul_(1 - group['lr'] * group['weight_decay'])
-                self.move(p, wide(p.grad).float(), state, group)
+                self.move(p, self.direction(wide(p.grad).float(), state, group), group)
         return loss
+
+    def move(self, p:Tensor, update:Tensor, group:dict):
+        p.mul_(1 - group['lr'] * group['weight_decay'])
+        wide(p).sub_(group['lr'] * update)
 
     def load_state_dict(self, state:dict):
         super().load_state_dict(state)
@@ -190,16 +193,20 @@ class GaLore(LowRank):
         for k in ('rank', 'every'):
             if g[k] < 1: raise ValueError(f'{k} = {g[k]}: expected 1 or more')
 
-    def move(self, p:Tensor, G:Tensor, state:dict, group:dict):
-        if (int(state['step']) - 1) % group['every'] == 0: self.refresh(G, state, group)
-        P = state['basis']
-        wide(p).sub_(group['lr'] * group['scale'] * (P @ INNER[group['inner']](state, P.T @ G, group['betas'], group['eps'])))
+    def direction(self, G:Tensor, state:dict, group:dict)->Tensor: # as G: what is subtracted, for a rate of 1
+        if self.due(state, group): self.refresh(G, state, group)
+        P = self.basis(G, state, group)
+        return group['scale'] * (P @ INNER[group['inner']](state, P.T @ G, group['betas'], group['eps']))
+
+    def due(self, state:dict, group:dict)->bool: return (int(state['step']) - 1) % group['every'] == 0
+    def basis(self, G:Tensor, state:dict, group:dict)->Tensor: return state.get('basis')
+    def keep(self, P:Tensor, old:Tensor|None, state:dict, group:dict): state['basis'] = P
 
     def refresh(self, G:Tensor, state:dict, group:dict):
-        old, r = state.get('basis'), min(group['rank'], len(G))
+        old, r = self.basis(G, state, group), min(group['rank'], len(G))
         new = exact(G, r) if group['svd'] else subspace(G, r, old, seed=int(state['step']))
         if old is not None: carry(state, new.T @ old, group['moments'])
-        state['basis'] = new
+        self.keep(new, old, state, group)
 
 # %% ../../nbs/tune/01_galore.ipynb #9b587d35
 def state_bytes(
