@@ -56,6 +56,28 @@ def test_steps_of_apollo_torch(per, monkeypatch):
     assert close(walk(mine.Apollo, lr=.05, rank=3, every=100, scale=2., per=per, growth=0)[0], theirs)      # their limit comes before Adam's corrections
 
 
+@pytest.mark.parametrize('kind', ['galore', 'qgalore', 'apollo'])
+@pytest.mark.parametrize('inner', ['adamw', 'adamw8bit', 'adafactor'])
+def test_a_run_resumes_to_the_bit(kind, inner, tmp_path):
+    if kind == 'apollo' and inner != 'adamw': pytest.skip('apollo has one rule')
+    import test_two_ranks as two
+    from omnilab.train.checkpoint import Checkpoint, resume
+    from omnilab.train.loop import LOW_RANK, optimizers, train
+    def build(seed):
+        run = two.build(seed, dropout=.2)
+        options = dict(rank=3, every=2) | ({} if kind == 'apollo' else dict(inner=inner))
+        run.optimizers = [run.accelerator.prepare(o) for o in optimizers(run.model, kind, lr=.01, options=options)]
+        assert type(run.optimizers[0].optimizer) is LOW_RANK[kind]
+        return run
+    whole, first, rest = two.Keep(), two.Keep(stop=3), two.Keep()
+    straight = train(build(0), [whole])
+    train(build(0), [first, Checkpoint(tmp_path, {})])
+    resume(again := build(99), tmp_path, {})
+    train(again, [rest])
+    assert first.rows + rest.rows == whole.rows and len(rest.rows) == 3
+    for a, b in zip(straight.model.parameters(), again.model.parameters()): assert a.equal(b)
+
+
 def worker(rank):
     "One of two processes: half of the batch each, gradients averaged by DDP."
     import torch.distributed as dist
