@@ -27,11 +27,12 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
 from transformers import PretrainedConfig, PreTrainedModel
+from ..forest.loader import Loader
 from ..forest.operator import drain, drain_backward, run_tiles, run_tiles_backward
 from ..models.load import answering, auto_class
 from ..objectives.score import Scorer
 from ..objectives.sft import sft_objective, size
-from ..train.loop import Epochs, Run, accelerator, one_step, optimizers, prepare
+from ..train.loop import Run, accelerator, one_step, optimizers, prepare
 from ..train.recipe import SFTRecipe
 from ..train.sft import part_of, trainable
 from ..tune.adapters import prefixes
@@ -50,7 +51,7 @@ def job(
     AcceleratorState._reset_state(True)                     # another precision than the last run's is no mistake here
     acc = accelerator(t.precision, 'cpu')
     acc.device_placement = False                            # tensors are where they belong
-    run = prepare(Scorer(model, logits), opts, acc, data=Epochs(packs, shuffle=False), objective=sft_objective(processor, t.z_loss), size=size,
+    run = prepare(Scorer(model, logits), opts, acc, data=Loader(list(packs), shuffle=False, ahead=0), objective=sft_objective(processor, t.z_loss), size=size,
                   schedule=lambda step: 1., steps=1, packs=len(packs), clip=t.clip)
     run.scorer.train()
     return run
@@ -229,7 +230,7 @@ def phases(
     towers = [base.get_submodule(n[:-1]) for k, n in prefixes(base).items() if k in ('vision', 'audio')]
     def turn(kind): ledger.kind = kind
     def back(x, kind): [t.register_hook(lambda g: turn(kind)) for t in tree_leaves(x) if isinstance(t, Tensor) and t.requires_grad]
-    def leave(module, args, out): turn('activations'); back(list(out.values()) if hasattr(out, 'values') else out, 'media')
+    def leave(module, args, out): turn('activations'); back([*out.values()] if isinstance(out, dict) else out, 'media')
     def learn(*_): turn('optimiser'); ledger.place = 'optimiser'; ledger.claim([p.grad for p in run.model.parameters() if p.grad is not None], 'gradients')
     def enter(module, args):                                # of all modules at once: a head with a hook of its own is run in another way
         ledger.place = f'forward, {names.get(module) or type(module).__name__}'
