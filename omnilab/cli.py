@@ -26,6 +26,7 @@ COMMANDS = {
     'infer': Command('put one question to a model: text, images, sounds and clips in and out', 'omnilab.train.evaluate:main_infer', ('model.name',)),
     'world': Command('write a data set of the procedural world: rows and media files', 'omnilab.cli:main_world', ('out',)),
     'data': Command('list public data sets, show the card of one, or write its rows to a file', 'omnilab.cli:main_data', ('do', 'name')),
+    'memory': Command('foresee the memory of a run: what holds it, and what fits a card', 'omnilab.memory.planner:main'),
     'prepare': Command('look at a data set: rows, lengths, what is shared, what is wrong', 'omnilab.train.prepare:main', ('data',)),
     'cache': Command('look at the cache of encoded rows, remove some of it, verify all of it', 'omnilab.cli:main_cache', ('action',)),
     'check': Command('ask a model whether it can be trained as it is', 'omnilab.train.evaluate:main_check', ('name',)),

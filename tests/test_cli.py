@@ -4,7 +4,7 @@ import json, re, shutil
 import pytest, yaml
 from conftest import ROOT, run
 
-COMMANDS = 'sft', 'eval', 'infer', 'world', 'data', 'prepare', 'cache', 'check'
+COMMANDS = 'sft', 'eval', 'infer', 'world', 'data', 'prepare', 'memory', 'cache', 'check'
 
 
 def omnilab(*argv, **kw): return run(['-m', 'omnilab.cli', *argv], **kw)[0]
@@ -23,9 +23,10 @@ def mistake(*argv, **kw):
 def recipe_of(command):
     "The dataclass behind a command."
     from omnilab.cli import cache_recipe, data_recipe, world_recipe
+    from omnilab.memory.planner import MemoryRecipe
     from omnilab.train import evaluate, prepare, recipe
     return dict(sft=recipe.SFTRecipe, eval=evaluate.EvalRecipe, infer=evaluate.InferRecipe, check=evaluate.CheckRecipe, prepare=prepare.PrepareRecipe,
-                world=world_recipe(), data=data_recipe(), cache=cache_recipe())[command]
+                world=world_recipe(), data=data_recipe(), cache=cache_recipe(), memory=MemoryRecipe)[command]
 
 
 @pytest.mark.parametrize('argv', [('--help',), *((c, '--help') for c in COMMANDS), ('sft', '--print-config')], ids=' '.join)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor      # what a trace of memory runs on
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from ..forest.bins import guard
@@ -178,7 +179,7 @@ def is_plain(
     head:nn.Module, # a model's output head
 )->bool: # may its matrix be read?
     "Is the head one matrix, and nothing around it?"
-    if type(head) is not nn.Linear or type(head.weight) not in (Tensor, nn.Parameter): return False
+    if type(head) is not nn.Linear or type(head.weight) not in (Tensor, nn.Parameter, FakeTensor): return False
     around = head._forward_hooks or head._forward_pre_hooks or 'forward' in vars(head)          # offloading, sharding, somebody's probe
     return not around and head.weight.shape == (head.out_features, head.in_features)
 
