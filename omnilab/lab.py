@@ -171,7 +171,7 @@ class Packs:
         return f'<b>{escape(repr(self))}</b>, {len(self.samples)} samples' + (f'<ul>{bad}</ul>' if bad else '')
     @cached_property
     def bars(self): # all trees, and how they lie
-        from omnilab.forest.encode import placeholders
+        from omnilab.forest.context import placeholders
         from omnilab.forest.packs_view import bars_of
         return bars_of(self.packs, placeholders(self.model.processor, self.model.model))
     def draw(self, most:int=16, batch:int=8): # packs drawn; rows of a padded batch to compare with

@@ -8,7 +8,8 @@ import omnilab.forest.attention       # noqa: F401 (registers it)
 from omnilab.data.parts import Message, Part, Sample
 from omnilab.forest.bins import collate
 from omnilab.forest.dummy import medium
-from omnilab.forest.encode import Encoder, encode
+from omnilab.forest.context import Encoder
+from omnilab.forest.encode import encode
 from omnilab.forest.tree import forest
 from omnilab.objectives.score import Scorer
 

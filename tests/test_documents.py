@@ -14,7 +14,7 @@ WHOLE = {'Qwen3-Omni': f.qwen3_omni, 'Phi-4': f.phi4, 'Gemma 4': f.gemma4}
 
 def encoder(make):
     import transformers
-    from omnilab.forest.encode import Encoder
+    from omnilab.forest.context import Encoder
     model, processor = make(transformers)
     return Encoder(processor, f.alive(model))
 

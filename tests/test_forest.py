@@ -10,7 +10,8 @@ import omnilab.forest.attention       # noqa: F401 (registers it)
 from omnilab.data.media import Audio, Video
 from omnilab.data.samples import Message, Part, Sample
 from omnilab.forest.bins import bins, collate, pack
-from omnilab.forest.encode import Encoder, encode, encode_all
+from omnilab.forest.context import Encoder
+from omnilab.forest.encode import encode, encode_all
 from omnilab.forest.operator import attention
 from omnilab.forest.plan import plan
 from omnilab.forest.tree import Row, forest, tree

@@ -30,7 +30,8 @@ SAMPLED = [('qwen3_vl', {}), ('qwen3_vl', {'fps': 4}), ('qwen2_5_vl', {'num_fram
 @pytest.mark.parametrize('name, video', SAMPLED)
 def test_frames_are_those_that_the_processor_would_take(name, video):
     "Chosen before decoding, or by the processor from all of them: the same tokens, tensors and positions."
-    from omnilab.forest.encode import Encoder, encode
+    from omnilab.forest.context import Encoder
+    from omnilab.forest.encode import encode
     from omnilab.models.options import configure
     model, processor = family(name)
     processor = configure(processor, video=video)
@@ -45,7 +46,8 @@ def test_frames_are_those_that_the_processor_would_take(name, video):
 
 def test_no_processor_samples_twice():
     "A clip of twice the frames at twice the rate gives as many frames."
-    from omnilab.forest.encode import Encoder, encode
+    from omnilab.forest.context import Encoder
+    from omnilab.forest.encode import encode
     from omnilab.models.options import configure
     model, processor = family('qwen2_5_vl')
     enc = Encoder(configure(processor, video={'fps': 2}), model)

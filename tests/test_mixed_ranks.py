@@ -26,7 +26,8 @@ def make(family):
     from omnilab.data.parts import Message, Part, Sample
     from omnilab.forest.bins import collate
     from omnilab.forest.dummy import medium
-    from omnilab.forest.encode import Encoder, EncodeError, encode
+    from omnilab.forest.context import Encoder
+    from omnilab.forest.encode import EncodeError, encode
     from omnilab.forest.tree import forest
     torch.manual_seed(0)
     model, processor = (ours if family == 'ours' else getattr(media, family))(transformers)

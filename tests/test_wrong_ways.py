@@ -26,7 +26,8 @@ def case_of(make, kind='image'):
     "A model with stock attention, the same with ours, rows, and the logits of each row alone."
     import omnilab.forest.attention                 # noqa: F401 (registers 'forest'; first, it makes torchvision's import work)
     import torch, transformers                      # noqa: E401
-    from omnilab.forest.encode import Encoder, encode
+    from omnilab.forest.context import Encoder
+    from omnilab.forest.encode import encode
     torch.manual_seed(0)
     model, processor = make(transformers)
     ours, stock = alive(model), deepcopy(model)

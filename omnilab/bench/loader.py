@@ -18,7 +18,8 @@ from .measure import tell
 from ..data.samples import read
 from ..data.world.tasks import DEFAULT_TASKS, World
 from ..forest.bins import pack
-from ..forest.encode import Encoder, encode, encode_all
+from ..forest.context import Encoder
+from ..forest.encode import encode, encode_all
 from ..forest.loader import Loader, Stream
 from ..forest.tree import Tree, forest
 from ..models.load import load

@@ -19,8 +19,9 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 from ..data.samples import Message, Part, Sample
 from .protocol import Completion, Request, RequestError
 from ..forest.bins import join_media
-from ..forest.encode import EncodeError, Encoder, encode
-from ..forest.encode import prompt as encode_prompt
+from ..forest.context import Encoder
+from ..forest.context import prompt as encode_prompt
+from ..forest.encode import EncodeError, encode
 from ..forest.template import tokenizer_of
 from ..models.load import capabilities
 
@@ -36,8 +37,8 @@ def read(
     encoder:Encoder, # with the model's processor
 )->Prompt: # its tensors, of one row
     "The prompt of a conversation, as in training."
-    _, ids, media, extras, _ = encode_prompt(encoder, Sample(request.messages, template=request.template), len(request.messages))
-    return Prompt(torch.tensor(ids), extras, media)
+    c = encode_prompt(encoder, Sample(request.messages, template=request.template), len(request.messages))
+    return Prompt(torch.tensor(c.ids), c.extras, c.media)
 
 # %% ../../nbs/engine/01_local.ipynb #7b5a34d9
 def check(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from ..data.samples import Problem
 from .attention import WATCH
-from .encode import rope_index
+from .context import rope_index
 from .fit import Strategy, bins
 from .plan import Plan, plan
 from .tree import Row, Tree, grow, tree

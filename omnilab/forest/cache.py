@@ -34,8 +34,9 @@ from ..data.files import MediaError, is_uri
 from ..data.media import content_hash
 from ..data.parts import MEDIA
 from ..data.samples import Problem, Sample
-from . import document, encode as encoding, template
-from .encode import EncodeError, Encoder, encode, rope_index
+from . import context, document, encode as encoding, template
+from .context import Encoder, rope_index
+from .encode import EncodeError, encode
 from .shards import FORMAT, BrokenShard, Shard, put, shard_bytes, sweep
 from .tree import Row
 from ..settings import settings
@@ -139,7 +140,7 @@ def facts(
                 versions={k: installed(k) for k in LIBRARIES}, stops=sorted(enc.stops), placeholders=sorted(enc.placeholders), rate=enc.rate,
                 limits=str(enc.limits), dtype=str(enc.dtype), positions=owner is not None and plain(owner.config.to_dict()))
 
-CODE = files, audio, video, media, parts, template, encoding, document        # modules that make rows
+CODE = files, audio, video, media, parts, template, context, encoding, document        # modules that make rows
 
 def fingerprint(
     known:dict, # as `facts` gives it

@@ -10,7 +10,7 @@ import json
 from dataclasses import replace
 import torch
 from ..data.samples import Sample
-from .encode import Encoder, conversation, last_in, longer, process, rope_positions
+from .context import Encoder, conversation, last_in, longer, process, rope_positions
 from .template import EncodeError
 from .tree import Row
 

@@ -14,7 +14,8 @@ from PIL import Image
 from ..data.media import Audio, Video
 from ..data.parts import MEDIA, Message, Part, Sample
 from .bins import Pack, collate, handles
-from .encode import EncodeError, Encoder, encode
+from .context import Encoder
+from .encode import EncodeError, encode
 from .tree import Tree, forest
 
 # %% ../../nbs/forest/09_dummy.ipynb #c9d1d5fd

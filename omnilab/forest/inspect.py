@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from .bins import Pack
-from .encode import placeholders
+from .context import placeholders
 from .plan import Plan, plan, visible
 from .tree import Tree
 

@@ -17,7 +17,8 @@ from ..data.parts import Message, Part, Sample
 from ..engine.local import LocalEngine, evaluating, finish, turn_end
 from ..engine.protocol import to_request
 from ..forest.dummy import medium
-from ..forest.encode import EncodeError, Encoder, conversation, encode, process, rope_positions, turns
+from ..forest.context import Encoder, conversation, count_on, process
+from ..forest.encode import EncodeError, encode, turns
 from ..forest.tree import Row
 from ..metrics.tasks import html_table, text_table
 from ..models.load import capabilities, limits
@@ -138,7 +139,7 @@ def continued(
     n = int((~row.target).sum())
     ids = torch.cat([row.ids[:n], torch.tensor(new)])
     extras = {k: torch.cat([v[:n], v.new_zeros(len(new))]) for k, v in row.extras.items()}
-    positions = rope_positions(enc.model, ids, row.media, extras, n)
+    positions = count_on(None if row.positions is None else row.positions[:, :n], len(new))
     return replace(row, ids=ids, target=torch.arange(len(ids)) >= n, extras=extras, positions=positions)
 
 def together_logits(model:nn.Module, rows:list[Row])->list[Tensor]: # at the sources of each row, [m, vocabulary]

@@ -37,7 +37,8 @@ from ..data.world.text import LETTERS, Word
 from ..engine.local import LocalEngine
 from ..forest.bins import Pack, collate
 from ..forest.dummy import complete, dummies
-from ..forest.encode import Encoder, encode
+from ..forest.context import Encoder
+from ..forest.encode import encode
 from ..forest.loader import Ready, Ticket
 from ..forest.tree import Tree, forest
 from ..metrics.tasks import evaluate

@@ -163,7 +163,8 @@ def reader(
     from copy import deepcopy
     from omnilab.data.samples import Problem
     from omnilab.forest.bins import fitted
-    from omnilab.forest.encode import EncodeError, Encoder, encode
+    from omnilab.forest.context import Encoder
+    from omnilab.forest.encode import EncodeError, encode
     from omnilab.forest.tree import forest
     d, size, enc = recipe.data, recipe.train.max_length, Encoder(deepcopy(loaded.processor), loaded.model)     # a tokenizer serves one thread
     def trees(x):
@@ -250,7 +251,8 @@ def company(
     from omnilab.data.samples import Message, Sample
     from omnilab.forest.bins import collate, handles
     from omnilab.forest.dummy import complete, dummies
-    from omnilab.forest.encode import Encoder, encode
+    from omnilab.forest.context import Encoder
+    from omnilab.forest.encode import encode
     from omnilab.forest.tree import forest
     enc = Encoder(loaded.processor, loaded.model)
     whole = partial(complete, dummies=dummies(packs, enc))
@@ -379,7 +381,7 @@ def run(
     if packs is not None and (recipe.data.system or any(asdict(recipe.media).values())):
         raise RecipeError('media or data.system: the rows are packed already; expected them where they are read and loaded')
     from omnilab.data.samples import read
-    from omnilab.forest.encode import Encoder, own_system
+    from omnilab.forest.context import Encoder, own_system
     from omnilab.train.loop import train
     from omnilab.train.report import report
     rows = read_files(recipe) if packs is None and not recipe.data.streaming else {}
