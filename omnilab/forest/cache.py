@@ -21,9 +21,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pickle import PicklingError
 from typing import Any, Literal
-import numpy as np
-import torch
-import torch.distributed as dist
+import numpy as np, torch, torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn

@@ -6,7 +6,7 @@
 __all__ = ['medium', 'dummy', 'dummies', 'complete']
 
 # %% ../../nbs/forest/09_dummy.ipynb #32eec0eb
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from ..data.parts import MEDIA, Message, Part, Sample
 from .bins import Pack, collate, handles
 from .context import Encoder
 from .encode import EncodeError, encode
-from .tree import Tree, forest
+from .tree import Row, Tree, forest
 
 # %% ../../nbs/forest/09_dummy.ipynb #c9d1d5fd
 def medium(
@@ -35,21 +35,23 @@ def medium(
 def dummy(
     kind:str, # image, audio or video
     enc:Encoder, # with the model's processor
+    ready:Callable[[Row], Row]=lambda row: row, # what is done to rows, such as `Towers`
 )->Tree: # without targets
     "The smallest conversation about a medium."
     row, = encode(Sample([Message('user', [medium(kind), Part('text', 'a')]), Message('assistant', 'a')], origin=f'dummy {kind}'), enc)
-    tree, = forest([replace(row, target=torch.zeros_like(row.target))])
+    tree, = forest([ready(replace(row, target=torch.zeros_like(row.target)))])
     return tree
 
 # %% ../../nbs/forest/09_dummy.ipynb #3c9979db
 def dummies(
     packs:Iterable[Pack]|None, # of a dataset; None: of a stream, nobody knows what comes
     enc:Encoder, # with the model's processor
+    ready:Callable[[Row], Row]=lambda row: row, # what is done to rows, such as `Towers`
 )->list[Tree]: # as few as there are modalities
     "A tree without targets for everything that some packs hold."
     needed, out, why = None if packs is None else {k for p in handles(packs) for k in p.media}, [], {}
     for kind in MEDIA if needed != set() else ():
-        try: t = dummy(kind, enc)
+        try: t = dummy(kind, enc, ready)
         except EncodeError as e: why[kind] = e.problem.message; continue    # a model takes some kinds only
         if needed is None or needed & t.media.keys(): out.append(t)
     if lost := sorted((needed or set()) - {k for t in out for k in t.media}):
