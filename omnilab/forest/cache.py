@@ -23,10 +23,9 @@ from pickle import PicklingError
 from typing import Any, Literal
 import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import distributed as dist, nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 from ..data import audio, files, media, parts, video

@@ -107,6 +107,7 @@ def rope_positions(
     if 'video_second_per_grid' in media: given['second_per_grids'] = media['video_second_per_grid']
     return index(ids[None], **{k: v for k, v in given.items() if k in parameters(getattr(index, '__func__', index))})[0][:, 0].long()
 
+# %% ../../nbs/forest/07_context.ipynb #bb36723b
 def count_on(
     positions:Tensor|None, # [p, n], whose last token is text; None: the depth
     more:int, # tokens of text behind them
