@@ -39,7 +39,7 @@ def test_documents(make, kind):
     row, = encode(Sample([Message('document', [Part('text', 'look at this '), medium, Part('text', ' and say two')])]), enc)
     said = [enc.tokenizer.decode([t]).strip() for t in row.ids[row.target].tolist()]
     assert [w for w in said if w in f.WORDS] == 'at this and say two <end>'.split()
-    assert not set(row.ids[row.target].tolist()) & enc.placeholders and set(row.ids[1:][~row.target[1:]].tolist()) <= enc.placeholders
+    assert not set(row.ids[row.target].tolist()) & enc.placeholders.keys() and set(row.ids[1:][~row.target[1:]].tolist()) <= enc.placeholders.keys()
     asked, = encode(Sample([Message('user', [medium, Part('text', 'what ?')]), Message('assistant', 'two')]), enc)
     assert row.media.keys() == asked.media.keys() and all(torch.equal(v, asked.media[k]) for k, v in row.media.items())
     assert row.media_end == 1 + max(i for i, t in enumerate(row.ids.tolist()) if t in enc.placeholders)

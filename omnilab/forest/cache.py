@@ -21,10 +21,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pickle import PicklingError
 from typing import Any, Literal
-import numpy as np, torch, torch.distributed as dist
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import nn
+from torch import distributed as dist, nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
 from ..data import audio, files, media, parts, video
