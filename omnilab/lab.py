@@ -193,7 +193,7 @@ def pack(
     workers:int=0, # processes that encode beside this one
 )->Packs:
     "Render, merge and pack rows."
-    from omnilab.train.sft import read_packs
+    from omnilab.train.feed import read_packs
     told = dict(merge=merge, turns=turns, on_error=on_error, packing=packing, oversize=oversize)
     given = {'train.max_length': max_length, 'data.workers': workers, **{f'data.{k}': v for k, v in told.items()}}
     r = build(SFTRecipe, [Entry(k, v, 'pack') for k, v in given.items()])
@@ -289,7 +289,7 @@ def run_name(
     packs, # what it learns from
 )->str: # the same for the same run
     "A folder's name from what decides a run."
-    from omnilab.train.sft import fingerprint
+    from omnilab.train.feed import fingerprint
     return 'sft-' + hashlib.sha256(f'{to_yaml(recipe, notes=False)}{fingerprint(packs)}'.encode()).hexdigest()[:8]
 
 # %% ../nbs/30_lab.ipynb #d04b7436
