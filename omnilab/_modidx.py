@@ -1443,6 +1443,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'omnilab.models.load.answering': ('models/load.html#answering', 'omnilab/models/load.py'),
                                      'omnilab.models.load.auto_class': ('models/load.html#auto_class', 'omnilab/models/load.py'),
                                      'omnilab.models.load.capabilities': ('models/load.html#capabilities', 'omnilab/models/load.py'),
+                                     'omnilab.models.load.described': ('models/load.html#described', 'omnilab/models/load.py'),
                                      'omnilab.models.load.left_whole': ('models/load.html#left_whole', 'omnilab/models/load.py'),
                                      'omnilab.models.load.limits': ('models/load.html#limits', 'omnilab/models/load.py'),
                                      'omnilab.models.load.load': ('models/load.html#load', 'omnilab/models/load.py'),
