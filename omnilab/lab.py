@@ -179,7 +179,8 @@ class Packs:
         return draw_packs(self.bars[1], most, batch)
     def show(self, batch:int=8): # rows of a padded batch to compare with
         from omnilab.forest.inspector import Inspector
-        return Inspector(*self.bars, getattr(self.model.processor, 'tokenizer', self.model.processor), batch)
+        tokenizer = getattr(self.model.processor, 'tokenizer', self.model.processor)
+        return Inspector(*self.bars, tokenizer, batch, made=str(self.recipe['packing']).lower())
 
 def pack(
     samples:Samples, # rows with answers
