@@ -147,7 +147,7 @@ def read(
     check_media:bool|str=True, # True: look at headers; 'decode': decode everything; False: look at nothing
 )->Rows: # in the order of the file; `.problems` lists what was skipped
     "Read rows, or a public data set."
-    found = (cards.load if cards.means(path) else rows_of.read)(path, on_error=on_error, check_media=check_media)
+    found = cards.read_rows(path, on_error, check_media)
     return Rows(found, found.problems, dict(path=str(path) if isinstance(path, str | Path) else 'dataset', on_error=on_error))
 
 # %% ../nbs/30_lab.ipynb #26ed079c

@@ -43,8 +43,8 @@ def read_files(
     recipe:SFTRecipe, # its `data`
 )->dict: # name -> samples
     "All rows to learn from; mistakes in them are cheap to find, before a model is loaded."
-    from omnilab.data.samples import read
-    return {n: with_system(read(p, recipe.data.on_error), recipe.data.system) for n, p in files(recipe).items()}
+    from omnilab.data.cards import read_rows
+    return {n: with_system(read_rows(p, recipe.data.on_error), recipe.data.system) for n, p in files(recipe).items()}
 
 # %% ../../nbs/train/11_feed.ipynb #c6ef0ce3
 def encoded(
@@ -154,14 +154,14 @@ def feed(
     acc, # Accelerator: knows the process
 ): # forest.loader.Loader or Stream
     "Where steps come from."
-    from omnilab.data.samples import stream
+    from omnilab.data.cards import stream_rows
     from omnilab.forest.loader import Loader, Stream
     t, d, told = recipe.train, recipe.data, files(recipe)
     here = dict(seed=t.seed, rank=acc.process_index, world=acc.num_processes)
     if packs is not None: return Loader(packs, **here)
     weights = {n: d.mixture[p] for n, p in told.items()} if d.mixture else None
     tell = lambda line: print(line, file=sys.stderr)                 # each process reads other rows
-    return Stream({n: partial(stream, p) for n, p in told.items()}, reader(loaded, recipe, tell), t.max_length, t.packs, weights, d.window, **here)
+    return Stream({n: partial(stream_rows, p) for n, p in told.items()}, reader(loaded, recipe, tell), t.max_length, t.packs, weights, d.window, **here)
 
 def company(
     loaded, # model and processor

@@ -18,7 +18,7 @@ from .recipe import Count, MediaArgs, Whole, command, opt
 @dataclass
 class PrepareRecipe:
     "Look at a data set: its rows, their lengths for a model, what they share, and everything that is wrong with it. Status 1 if something is."
-    data:str = opt('', 'rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files, a folder, or hf:NAME of the hub')
+    data:str = opt('', 'rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files, a folder, hf:NAME of the hub, or a card (omnilab data list)')
     model:str = opt(settings.model.default, "whose tokens are counted: shipped checkpoint, local folder, or hub id; its weights aren't read")
     dtype:Literal['auto', 'float32', 'bfloat16', 'float16'] = opt(settings.model.dtype, 'type of its weights; auto: as they were saved')
     max_length:Whole = opt(0, 'tokens of a pack; longer rows are problems; 0: any length')
@@ -136,17 +136,16 @@ def prepare(
     recipe:PrepareRecipe, # what to look at
 )->Prepared:
     "Read a data set, encode it, and count."
-    from omnilab.data.samples import read
-    from omnilab.data.tables import there
+    from omnilab.data.cards import means, read_rows
     from omnilab.models.load import described
     from omnilab.models.options import configure
     from omnilab.train.feed import with_system
     if not recipe.data: raise ValueError('no rows to look at; expected FILE, or --data FILE')
-    if not there(recipe.data): raise ValueError(f'{recipe.data}: no such file; expected a file or folder of rows, or hf:NAME')
+    means(recipe.data)                                         # complains if it is neither rows nor a card
     if recipe.workers and not recipe.cache: raise ValueError('--workers without the cache; expected --cache true, it is how processes share rows')
     loaded = described(recipe.model, recipe.dtype)
     loaded.processor = configure(loaded.processor, **asdict(recipe.media))
-    with warnings.catch_warnings(action='ignore'): samples = read(recipe.data, 'skip', 'decode' if recipe.decode else True)
+    with warnings.catch_warnings(action='ignore'): samples = read_rows(recipe.data, 'skip', 'decode' if recipe.decode else True)
     return look(with_system(samples, recipe.system), loaded, recipe)
 
 # %% ../../nbs/train/10_prepare.ipynb #12a7a7e6
