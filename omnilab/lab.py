@@ -147,7 +147,7 @@ def read(
     check_media:bool|str=True, # True: look at headers; 'decode': decode everything; False: look at nothing
 )->Rows: # in the order of the file; `.problems` lists what was skipped
     "Read rows, or a public data set."
-    found = (cards.load if cards.means(path) else rows_of.read)(path, on_error=on_error, check_media=check_media)
+    found = cards.read_rows(path, on_error, check_media)
     return Rows(found, found.problems, dict(path=str(path) if isinstance(path, str | Path) else 'dataset', on_error=on_error))
 
 # %% ../nbs/30_lab.ipynb #26ed079c
@@ -179,7 +179,8 @@ class Packs:
         return draw_packs(self.bars[1], most, batch)
     def show(self, batch:int=8): # rows of a padded batch to compare with
         from omnilab.forest.inspector import Inspector
-        return Inspector(*self.bars, getattr(self.model.processor, 'tokenizer', self.model.processor), batch)
+        tokenizer = getattr(self.model.processor, 'tokenizer', self.model.processor)
+        return Inspector(*self.bars, tokenizer, batch, made=str(self.recipe['packing']).lower())
 
 def pack(
     samples:Samples, # rows with answers
@@ -193,7 +194,7 @@ def pack(
     workers:int=0, # processes that encode beside this one
 )->Packs:
     "Render, merge and pack rows."
-    from omnilab.train.sft import read_packs
+    from omnilab.train.feed import read_packs
     told = dict(merge=merge, turns=turns, on_error=on_error, packing=packing, oversize=oversize)
     given = {'train.max_length': max_length, 'data.workers': workers, **{f'data.{k}': v for k, v in told.items()}}
     r = build(SFTRecipe, [Entry(k, v, 'pack') for k, v in given.items()])
@@ -289,7 +290,7 @@ def run_name(
     packs, # what it learns from
 )->str: # the same for the same run
     "A folder's name from what decides a run."
-    from omnilab.train.sft import fingerprint
+    from omnilab.train.feed import fingerprint
     return 'sft-' + hashlib.sha256(f'{to_yaml(recipe, notes=False)}{fingerprint(packs)}'.encode()).hexdigest()[:8]
 
 # %% ../nbs/30_lab.ipynb #d04b7436

@@ -115,6 +115,36 @@ OFFLINE = "from omnilab.data import cards\ntry: cards.load({name!r}, streaming={
 
 HUB = 'expected a connection to the hub, or path='
 
+def test_a_recipe_names_cards(tmp_path, monkeypatch):
+    "Alone, in a mixture, held out, as a stream and to `prepare`: the rows are those that the hub would send, as samples."
+    import datasets
+    from types import SimpleNamespace
+    from omnilab.data import tables
+    from omnilab.models.load import load
+    from omnilab.train.feed import feed, plan_packs, read_files
+    from omnilab.train.prepare import PrepareRecipe, prepare
+    from omnilab.train.recipe import Entry, SFTRecipe, build
+    from omnilab.train.sft import check
+    known = cards.card('math_instruct')
+    rows = [known.example | {'instruction': f'How much is {i} and 1?'} for i in range(6)]
+    asked = []
+    monkeypatch.setattr(tables, 'hub', lambda address, streaming: asked.append((address, streaming)) or datasets.Dataset.from_list(rows))
+    wanted = [cards.sample_of(known, r).messages for r in rows]
+    (tmp_path/'own.jsonl').write_text('{"prompt": "Hi", "completion": "Hello"}\n')
+    recipe = lambda **d: check(build(SFTRecipe, [Entry(f'data.{k}', v, 'here') for k, v in (d | {'cache': False}).items()] + [Entry('train.steps', 1, 'here')]))
+    assert [s.messages for s in read_files(recipe(train='math_instruct', test='math_instruct'))['']] == wanted
+    mixed, m = recipe(mixture={'math_instruct': 2, str(tmp_path/'own.jsonl'): 1}), load('omni-tiny')
+    packs = plan_packs(read_files(mixed), m, mixed)
+    assert list(packs.parts) == ['math_instruct', 'own'] and packs.weights == [2, 1] and sum(p.n_rows for p in packs.handles) == len(rows) + 1
+    assert not any(streaming for _, streaming in asked)
+    stream = feed(recipe(train='math_instruct', streaming=True), m, None, SimpleNamespace(process_index=0, num_processes=1))
+    seen = [r.sample.messages for t in stream.take(1) for r in t.handle.rows]
+    assert seen and all(x in wanted for x in seen) and asked[-1] == (cards.address(known), True)
+    with pytest.raises(ValueError, match='data.train = .gsm8k.: its rows hold no answer to learn'): recipe(train='gsm8k')
+    found = prepare(PrepareRecipe('math_instruct', cache=False))
+    assert found.ok and sum(found.kinds.values()) == len(rows)
+
+
 @pytest.mark.parametrize('name, streaming, says', [('gsm8k', False, HUB), ('gsm8k', True, HUB), ('captcha', False, 'known on modelscope only; expected path=')])
 def test_offline_is_one_line(name, streaming, says, tmp_path):
     done, _ = run(['-c', OFFLINE.format(name=name, streaming=streaming)], HF_HOME=str(tmp_path))

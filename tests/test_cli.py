@@ -99,7 +99,9 @@ def test_words_without_names(command, words, wanted):
     (['infer', 'omni-tiny'], 'omnilab infer: nothing is asked; expected --text, --image, --audio or --video'),
     (['infer', 'omni-tiny', '--image', 'nowhere.png'], 'omnilab infer: nowhere.png'),
     (['prepare'], 'omnilab prepare: no rows to look at; expected FILE, or --data FILE'),
-    (['prepare', 'no.jsonl'], 'omnilab prepare: no.jsonl: no such file; expected a file or folder of rows, or hf:NAME'),
+    (['sft', '--data.train', 'gsm9k'], "omnilab sft: data.train = 'gsm9k': no such file, and no card of that name; did you mean gsm8k?"),
+    (['prepare', 'no.jsonl'], 'omnilab prepare: no.jsonl: no such file, and no card of that name; expected a file or folder of rows, hf:NAME or a card'),
+    (['prepare', 'gsm9k'], 'omnilab prepare: gsm9k: no such file, and no card of that name; did you mean gsm8k?'),
     (['world'], 'omnilab world: --out FOLDER: not given'),
     (['world', 'w', '--split', 'tset'], "omnilab world: command line split = 'tset': expected train, test or novel"),
     (['world', 'w', '--tasks', 'fly'], 'omnilab world: world: tasks')], ids=lambda x: ' '.join(x) if isinstance(x, list) else '')

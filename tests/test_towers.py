@@ -198,10 +198,10 @@ def test_refusals_of_recipes(world, tmp_path):
 def test_packs_of_towers_that_move_are_refused(world, tmp_path):
     "Packs that were made in a run of frozen towers, given to one that trains them."
     from omnilab.train.recipe import RecipeError
-    from omnilab.train.sft import load_model, plan_packs, prepare_run, read_files
+    from omnilab.train.sft import load_model, plan_packs, prepare_run, read_files, towered
     frozen = recipe(world, tmp_path, '--adapter.targets', 'language', '--data.towers')
     loaded = load_model(frozen)
-    packs = plan_packs(read_files(frozen), loaded, frozen)
+    packs = plan_packs(read_files(frozen), loaded, frozen, towered)
     prepare_run(frozen, loaded, packs)
     with pytest.raises(RecipeError, match='the packs hold what towers made, but .* are trained'): prepare_run(recipe(world, tmp_path), loaded, packs)
 

@@ -19,9 +19,10 @@ from .swift import interpreter, swift
 from .vl import write
 from ..data.samples import read
 from ..models.load import load
+from ..train.feed import read_packs
 from ..train.loop import train
 from ..train.recipe import AdapterArgs, Count, ModelArgs, SFTRecipe, TrainArgs, command, opt
-from ..train.sft import prepare_run, read_packs
+from ..train.sft import prepare_run
 
 # %% ../../nbs/bench/07_sft_vl.ipynb #10277b3a
 def ours(

@@ -127,10 +127,11 @@ def made(
     found:Found, # a row
     check, # what to do with its media
     answer:bool, # whether it must hold an answer to train on
+    make=None, # `Found` -> Sample, where rows have a form of their own
 )->Sample: # or RowError, raised
     "A row as a sample, its media looked at."
     if isinstance(found.row, RowError): raise found.row
-    return check(to_sample(found.row, found.root, found.origin, answer))
+    return check(make(found) if make else to_sample(found.row, found.root, found.origin, answer))
 
 # %% ../../nbs/data/08_samples.ipynb #da60cc21
 def problem(
@@ -176,6 +177,7 @@ class Stream:
     shard:tuple[int, int] = (0, 1) # (i, n): rows whose index leaves i when divided by n
     check_media:bool|str = True # as in `read`
     answer:bool = True # as in `read`
+    make:Any = None # `Found` -> Sample, where rows have a form of their own
 
     def __post_init__(self):
         i, n = self.shard
@@ -186,7 +188,7 @@ class Stream:
     def __iter__(self): # (index, Sample or Problem)
         check = checker(self.check_media)
         for found in rows_of(self.source, Pick(self.start, *self.shard), streaming=True):
-            try: row = made(found, check, self.answer)
+            try: row = made(found, check, self.answer, self.make)
             except RowError as e: row = problem(found, e)
             yield found.index, row
 

@@ -294,10 +294,11 @@ def controls(
     n:int, # length of a pack
     batch:int, # rows of a naive batch
     strategies:dict, # by name
+    made:str, # the strategy that is in force
 )->tuple: # of ipywidgets: length, strategy, batch, zoom
     "What can be changed."
     return (control(w.IntSlider, 'max_length', min=steps(n), max=4 * n, value=n, step=steps(n)),
-            w.Dropdown(options=list(strategies), description='strategy', layout={'width': '200px'}),
+            w.Dropdown(options=sorted(strategies, key=lambda k: k != made), value=made, description='strategy', layout={'width': '200px'}),
             control(w.IntSlider, 'naive batch', min=1, max=64, value=batch),
             control(w.IntRangeSlider, 'part shown, %', min=0, max=100, value=(0, 100)))
 
@@ -310,11 +311,13 @@ class Inspector(w.VBox):
         tokenizer=None, # see `text_of`
         batch:int=8, # rows of a naive batch
         strategies:dict=STRATEGIES, # name -> function of (lengths, max_length)
+        made:str='', # the strategy that packed them; the first where nothing is said
         many:int=16, # packs on the page
     ):
         self.trees, self.bars, self.tokenizer, self.strategies, self.many, self.spot = trees, bars, tokenizer, strategies, many, None
+        self.given, self.made = bars, made or next(iter(strategies))
         self.shown = lru_cache(200)(lambda run: media_html(trees, bars.spans, run))
-        self.length, self.strategy, self.batch, self.zoom = sliders = controls(bars.max_length, batch, strategies)
+        self.length, self.strategy, self.batch, self.zoom = sliders = controls(bars.max_length, batch, strategies, self.made)
         self.picture, self.tabs = Picture(), w.Tab(layout={'display': 'none'})
         super().__init__([w.HBox(sliders, layout={'flex_flow': 'row wrap'}), self.picture, self.tabs])
         for x in (self.length, self.strategy): x.observe(self.rebin, 'value')
@@ -325,7 +328,9 @@ class Inspector(w.VBox):
         self.redraw()
 
     def rebin(self, *_): # other packs; what was picked is gone
-        self.bars = rebin(self.bars.spans, self.length.value, self.strategies[self.strategy.value])
+        n, how = self.length.value, self.strategy.value
+        as_given = (n, how) == (self.given.max_length, self.made)
+        self.bars = self.given if as_given else rebin(self.given.spans, n, self.strategies[how])
         self.spot, self.tabs.layout.display = None, 'none'
         self.redraw()
 

@@ -10,9 +10,11 @@ __all__ = ['KINDS', 'STRATEGIES', 'COLOR', 'BODY', 'THIN', 'GAP', 'TALL', 'Spans
 # %% ../../nbs/forest/11_packs_view.ipynb #725e05d5
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import get_args
 import numpy as np
 import torch
-from .bins import bins
+from .fit import Strategy, bins
 from .inspect import rows_through
 from .tree import Tree
 
@@ -67,7 +69,8 @@ def spans(
     return Spans(tree, first - starts[tree], np.diff(first, append=len(code)), what % 4, what & 4 > 0, what & 8 > 0, lengths, rows, owner)
 
 # %% ../../nbs/forest/11_packs_view.ipynb #0e453396
-STRATEGIES = {'exact': bins}        # name -> function of (lengths, max_length) that gives the indices in each bin
+STRATEGIES = {k: partial(bins, strategy=k) for k in get_args(Strategy)}             # name -> function of (lengths, max_length) -> indices in each bin
+STRATEGIES['false'] = lambda lengths, max_length: [[i] for i in range(len(lengths))]    # as recipes say it: a tree a pack
 
 @dataclass(eq=False, repr=False)
 class Bars:
@@ -107,12 +110,11 @@ def lay(
 def bars_of(
     packs, # forest.bins.Packs
     media:dict[int, str], # token id -> 'image', 'video' or 'audio'
-)->tuple[list[Tree], Bars]: # all trees in the order of the packs, and how they lie
+)->tuple[list[Tree], Bars]: # all trees in the order in which they came, and how they lie
     "Packs as they are."
-    found = [p.trees for p in getattr(packs, 'handles', packs)]
-    ends = np.cumsum([0] + [len(x) for x in found])
-    trees = [t for x in found for t in x]
-    return trees, lay([np.arange(a, b) for a, b in zip(ends, ends[1:])], spans(trees, media), packs.max_length)
+    kept = sorted(k for b in packs.bins for k in b)
+    place, trees = {k: i for i, k in enumerate(kept)}, [packs.trees[k] for k in kept]
+    return trees, lay([[place[k] for k in b] for b in packs.bins], spans(trees, media), packs.max_length)
 
 # %% ../../nbs/forest/11_packs_view.ipynb #43a9dc99
 def rebin(

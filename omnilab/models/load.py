@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['QUANTIZED', 'BLOCK', 'LoadError', 'packaged', 'resolve', 'capabilities', 'Limits', 'ropes', 'limits', 'Loaded',
-           'answering', 'auto_class', 'read', 'pick_device', 'left_whole', 'quantization', 'load']
+           'answering', 'auto_class', 'read', 'pick_device', 'left_whole', 'quantization', 'load', 'described']
 
 # %% ../../nbs/models/04_load.ipynb #c5915c3d
 import math, os
@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import (AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor, BitsAndBytesConfig, GenerationConfig,
+                          PretrainedConfig, PreTrainedModel)
 
 import omnilab.models.processor  # registers the embedded model with the Auto classes
 from ..settings import settings
@@ -167,4 +168,20 @@ def load(
     if device_map or quantize != 'none': how['device_map'] = device_map or device or 'cpu'                # what is quantised stays where it was read
     model = read(cls, name, dtype=dtype, attn_implementation=attn, use_safetensors=True, **how)
     if 'device_map' not in how: model = model.to(device or 'cpu')
+    return Loaded(model.eval(), read(AutoProcessor, name), str(name))
+
+# %% ../../nbs/models/04_load.ipynb #71984026
+def described(
+    name:str|Path=None, # as for `load`
+    dtype:str=None, # as for `load`
+)->Loaded: # with a model that has no weights
+    "A model as its configuration describes it, and its processor."
+    name, dtype = name or settings.model.default, dtype or settings.model.dtype
+    config = answering(read(AutoConfig, name))
+    if dtype == 'auto': dtype = getattr(config, 'dtype', None)
+    if dtype is None: raise LoadError(f'model {str(name)!r}: its configuration names no dtype; expected one beside it, such as float32')
+    kind = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    with torch.device('meta'): model = auto_class(config).from_config(config, dtype=kind)
+    try: model.generation_config = read(GenerationConfig, name)
+    except LoadError: pass                                     # none was saved: the configuration's own stays
     return Loaded(model.eval(), read(AutoProcessor, name), str(name))

@@ -8,22 +8,27 @@ __all__ = ['PrepareRecipe', 'Prepared', 'kind_of', 'encoded', 'look', 'histogram
 # %% ../../nbs/train/10_prepare.ipynb #03bd3b01
 import sys, warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 from ..data.parts import MEDIA
 from ..settings import settings
-from .recipe import Count, Whole, command, opt
+from .recipe import Count, MediaArgs, Whole, command, opt
 
 # %% ../../nbs/train/10_prepare.ipynb #b8293cb5
 @dataclass
 class PrepareRecipe:
     "Look at a data set: its rows, their lengths for a model, what they share, and everything that is wrong with it. Status 1 if something is."
-    data:str = opt('', 'rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files, a folder, or hf:NAME of the hub')
+    data:str = opt('', 'rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files, a folder, hf:NAME of the hub, or a card (omnilab data list)')
     model:str = opt(settings.model.default, "whose tokens are counted: shipped checkpoint, local folder, or hub id; its weights aren't read")
+    dtype:Literal['auto', 'float32', 'bfloat16', 'float16'] = opt(settings.model.dtype, 'type of its weights; auto: as they were saved')
     max_length:Whole = opt(0, 'tokens of a pack; longer rows are problems; 0: any length')
     turns:Literal['all', 'last'] = opt('all', "the assistant's turns that are learned")
+    system:str = opt('', 'said by the system at the beginning of every conversation that has no system message; empty: nothing')
     decode:bool = opt(False, 'decode all media now, which finds what a header hides')
+    cache:bool = opt(True, 'keep the encoded rows (settings: paths.cache), where a run with the same options finds them')
+    workers:Whole = opt(0, 'processes that encode beside this one; 0: it does so itself')
     show:Count = opt(20, 'problems that are printed')
+    media:MediaArgs = field(default_factory=MediaArgs)
 
 # %% ../../nbs/train/10_prepare.ipynb #ae012af0
 @dataclass(repr=False)
@@ -38,7 +43,8 @@ class Prepared:
     origins:list            # place of every row, [n]
     shared:int              # tokens of the trees that the rows make
     problems:list           # `Problems`
-    show:int = field(default=20, repr=False) # problems that are printed
+    kept:str = ''           # what came from the cache and what went there
+    show:int = 20           # problems that are printed
     @property
     def ok(self)->bool: return not self.problems
     def __repr__(self): return '\n'.join(told(self))
@@ -56,32 +62,41 @@ def kind_of(
 # %% ../../nbs/train/10_prepare.ipynb #5bc75d2a
 def encoded(
     samples, # of a data set
-    loaded, # model (or its twin) and processor
-    turns:str, # that are learned
-): # rows, and `Problem`s of samples that can't be encoded
+    loaded, # processor, and model with or without weights
+    recipe:PrepareRecipe, # its `turns`, `cache` and `workers`
+): # rows whose media are not in memory, `Problem`s of samples that can't be encoded, and what the cache did
     "The tokens of every sample."
-    from omnilab.forest.encode import encode_all
-    return encode_all(samples, loaded.processor, loaded.model, 'skip', turns=turns)
+    from omnilab.forest.cache import Facts, encode_once
+    from omnilab.forest.context import Encoder
+    from omnilab.forest.encode import EncodeError, encode
+    model = Facts.of(loaded.model)
+    if recipe.cache:
+        rows = encode_once(samples, loaded.processor, model, turns=recipe.turns, on_error='skip', workers=recipe.workers)
+        return rows, rows.problems, f'{rows.misses:,} samples encoded, {rows.hits:,} read'
+    enc, rows, bad = Encoder(loaded.processor, model), [], []
+    for s in samples:
+        try: rows += [replace(r, media={}) for r in encode(s, enc, which=recipe.turns)]
+        except EncodeError as e: bad.append(e.problem)
+    return rows, bad, ''
 
+# %% ../../nbs/train/10_prepare.ipynb #069e18b8
 def look(
     samples, # `data.samples.Samples`
-    loaded, # model (or its twin) and processor
-    max_length:int=0, # tokens of a pack; 0: any length
-    turns:str='all', # that are learned
-    name:str='', # of the data set
-    show:int=20, # problems that are printed
+    loaded, # processor, and model with or without weights
+    recipe:PrepareRecipe, # what to look at
 )->Prepared:
     "Count what a data set holds."
+    import numpy as np
     from omnilab.data.samples import Problem, Problems
     from omnilab.forest.tree import forest
-    rows, bad = encoded(samples, loaded, turns)
-    long = [Problem(r.origin, '', f'{len(r)} tokens; expected at most max_length={max_length}') for r in rows if max_length and len(r) > max_length]
-    parts = [p for s in samples for p in s.parts]
-    shared = sum(map(len, forest(rows, max_length=max_length or None)))
-    import numpy as np
-    lengths = np.array([len(r) for r in rows], dtype=int)
-    return Prepared(name, loaded.name.removeprefix('twin of '), Counter(map(kind_of, samples)), Counter(p.type for p in parts if p.type in MEDIA), lengths,
-                    sum(int(r.target.sum()) for r in rows), [r.origin for r in rows], shared, Problems([*samples.problems, *bad, *long]), show)
+    most = recipe.max_length
+    rows, bad, kept = encoded(samples, loaded, recipe)
+    rows = list(rows)                                          # each is read once
+    long = [Problem(r.origin, '', f'{len(r)} tokens; expected at most max_length={most}') for r in rows if most and len(r) > most]
+    media = Counter(p.type for s in samples for p in s.parts if p.type in MEDIA)
+    shared = sum(map(len, forest(rows, max_length=most or None)))
+    return Prepared(recipe.data, loaded.name, Counter(map(kind_of, samples)), media, np.array([len(r) for r in rows], dtype=int),
+                    sum(int(r.target.sum()) for r in rows), [r.origin for r in rows], shared, Problems([*samples.problems, *bad, *long]), kept, recipe.show)
 
 # %% ../../nbs/train/10_prepare.ipynb #964c2686
 def histogram(
@@ -113,6 +128,7 @@ def told(
                   f'shared     {p.shared:,} tokens as trees, {1 - p.shared / total:.0%} less than as rows']
         longest = np.argsort(-p.lengths, kind='stable')[:5]
         lines += [f'{"longest" if i == 0 else "":<11}{p.lengths[k]:,} tokens: {p.origins[k]}' for i, k in enumerate(longest)]
+    lines += [f'cache      {p.kept}'] * bool(p.kept)
     lines += [f'problems   {len(p.problems):,}', *(f'           {x}' for x in p.problems[:p.show])]
     return lines + ([f'           … and {len(p.problems) - p.show:,} more (--show)'] if len(p.problems) > p.show else [])
 
@@ -121,14 +137,17 @@ def prepare(
     recipe:PrepareRecipe, # what to look at
 )->Prepared:
     "Read a data set, encode it, and count."
-    from omnilab.data.samples import read
-    from omnilab.data.tables import there
-    from omnilab.train.evaluate import CheckRecipe, open_checked
+    from omnilab.data.cards import means, read_rows
+    from omnilab.models.load import described
+    from omnilab.models.options import configure
+    from omnilab.train.feed import with_system
     if not recipe.data: raise ValueError('no rows to look at; expected FILE, or --data FILE')
-    if not there(recipe.data): raise ValueError(f'{recipe.data}: no such file; expected a file or folder of rows, or hf:NAME')
-    loaded = open_checked(CheckRecipe(recipe.model, device='cpu'))
-    with warnings.catch_warnings(action='ignore'): samples = read(recipe.data, 'skip', 'decode' if recipe.decode else True)
-    return look(samples, loaded, recipe.max_length, recipe.turns, recipe.data, recipe.show)
+    means(recipe.data)                                         # complains if it is neither rows nor a card
+    if recipe.workers and not recipe.cache: raise ValueError('--workers without the cache; expected --cache true, it is how processes share rows')
+    loaded = described(recipe.model, recipe.dtype)
+    loaded.processor = configure(loaded.processor, **asdict(recipe.media))
+    with warnings.catch_warnings(action='ignore'): samples = read_rows(recipe.data, 'skip', 'decode' if recipe.decode else True)
+    return look(with_system(samples, recipe.system), loaded, recipe)
 
 # %% ../../nbs/train/10_prepare.ipynb #12a7a7e6
 def draw_lengths(

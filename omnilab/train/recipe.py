@@ -46,10 +46,10 @@ class ModelArgs:
 @dataclass
 class DataArgs:
     "The rows to learn from."
-    train:str = opt('', 'rows to learn from: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files, a folder, or hf:NAME of the hub')
-    mixture:dict[str, Size] = opt({}, 'instead of train: files or the like, each with its share of the packs')
+    train:str = opt('', 'rows to learn from: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files, a folder, hf:NAME, or the name of a card')
+    mixture:dict[str, Size] = opt({}, 'instead of train: files or the like, or cards, each with its share of the packs')
     streaming:bool = opt(False, 'rows are read while training, where they are too many to plan; needs train.steps')
-    test:str = opt('', 'held-out rows; scored by loss and by generation')
+    test:str = opt('', 'held-out rows, named as in train; scored by loss and by generation')
     on_error:Literal['raise', 'skip'] = opt('raise', "a row that can't be read: end the run, or skip and list it")
     system:str = opt('', 'said by the system at the beginning of every conversation that has no system message; empty: nothing')
     turns:Literal['all', 'last'] = opt('all', "the assistant's turns that are learned; last: those behind the last question. A message's `loss` overrides")
