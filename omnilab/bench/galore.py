@@ -24,7 +24,8 @@ from ..data.world.tasks import World
 from ..models.load import load
 from ..train.loop import train
 from ..train.recipe import AdapterArgs, Count, GaLoreArgs, ModelArgs, SFTRecipe, TrainArgs, command, opt
-from ..train.sft import prepare_run, read_packs
+from ..train.feed import read_packs
+from ..train.sft import prepare_run
 from ..tune.galore import GaLore, exact, state_bytes, subspace, theory
 
 # %% ../../nbs/bench/10_galore.ipynb #efc62ca1
