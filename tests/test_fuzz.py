@@ -267,5 +267,6 @@ def test_addresses_of_the_hub(name, monkeypatch):
 def test_nothing_is_left_open(shelf):
     "Readers that were given up close their files."
     before = len(os.listdir('/proc/self/fd')) if os.path.isdir('/proc/self/fd') else pytest.skip('needs /proc')
-    for _ in range(20): next(iter(stream(shelf/'0.jsonl')))
+    (shelf/'open.jsonl').write_text('{"prompt": "Hi", "completion": "Hello"}\n' * 3)
+    for _ in range(20): next(iter(stream(shelf/'open.jsonl')))
     assert len(os.listdir('/proc/self/fd')) <= before + 1
