@@ -111,7 +111,9 @@ def agrees(t, rows):
 @given(texts())
 def test_a_tree_is_its_naive_trie(words):
     rows = [Row(torch.tensor([5, *w]), torch.tensor([False, *(i % 3 != 1 for i in w)])) for w in words]
-    agrees(tree(rows), rows)
+    found = tree(rows)
+    agrees(found, rows)
+    assert found.rows == rows and len(found) <= sum(map(len, rows))
 
 
 @quick
