@@ -53,15 +53,17 @@ def open_image(
 def to_rgb(
     im:Image.Image, # any mode
     src, # what it is called
+    own:bool=False, # may it be changed?
 )->Image.Image: # RGB, upright, 8 bits
     "The pixels as a viewer would show them."
-    im = ImageOps.exif_transpose(im)
+    im = ImageOps.exif_transpose(im, in_place=own) or im
     if im.mode in ('I', 'F'): raise refuse(src, '32 bits a level', 'an image of 8 or 16 bits')
     if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
     if im.has_transparency_data:
         im = im.convert('RGBA')
         im = Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
-    return im.convert('RGB')
+    im.load()
+    return im if own and im.mode == 'RGB' else im.convert('RGB')
 
 # %% ../../nbs/data/03_media.ipynb #cfe35a28
 def load_image(
@@ -74,7 +76,7 @@ def load_image(
         if src.dtype == np.uint8 and (src.ndim == 2 or src.ndim == 3 and src.shape[2] in (3, 4)): return to_rgb(Image.fromarray(src), src)
         raise refuse(src, f'shape {src.shape}, {src.dtype}', 'uint8 [H, W], [H, W, 3] or [H, W, 4]')
     limits = limits or Limits()
-    with reading(src, 'image', limits) as (f, form): return to_rgb(open_image(f, src, limits), src)
+    with reading(src, 'image', limits) as (f, form): return to_rgb(open_image(f, src, limits), src, own=True)
 
 # %% ../../nbs/data/03_media.ipynb #a525df63
 def save_image(

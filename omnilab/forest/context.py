@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRUST', 'ALIKE', 'Medium', 'read_part', 'placeholders', 'sort_outputs', 'rope_index', 'parameters', 'rope_positions',
-           'count_on', 'rust', 'Encoder', 'contents', 'without', 'check_shown', 'conversation', 'own_system',
-           'check_heard', 'process', 'cast', 'plain', 'learn', 'last_in', 'longer', 'Context', 'kind_of', 'pixels',
-           'alike', 'same', 'compare', 'prompt']
+           'count_on', 'rust', 'spell', 'Recent', 'Encoder', 'contents', 'without', 'check_shown', 'conversation',
+           'own_system', 'check_heard', 'process', 'cast', 'plain', 'learn', 'last_in', 'longer', 'Context', 'kind_of',
+           'pixels', 'alike', 'same', 'compare', 'prompt', 'batch', 'together']
 
 # %% ../../nbs/forest/07_context.ipynb #2bc7b9e4
 import inspect, re
@@ -33,6 +33,9 @@ class Medium:
     value:Any        # what processors take: PIL image, float32 wave [n], uint8 frames [T, H, W, 3]
     key:str          # content hash
     meta:dict|None = None   # of a clip: what video processors ask for
+
+    @property
+    def nbytes(self)->int: return getattr(self.value, 'nbytes', None) or 3 * self.value.width * self.value.height
 
 def read_part(
     part:Part, # an image, audio or video
@@ -126,19 +129,45 @@ def rust(
     if inner.encode_special_tokens or tokenizer.split_special_tokens: return None
     return inner
 
+def spell(
+    enc, # an `Encoder` whose processor writes tokens, and no text
+    chat:list[dict], # a conversation
+    **how, # options of `apply_chat_template`
+)->Rendered: # text and tokens
+    "A conversation by the class's own code."
+    how |= dict(tokenize=True, return_dict=True, return_tensors='pt')
+    try: ids = enc.processor.apply_chat_template(enc.dialect.say(chat), **how)['input_ids'][0].tolist()
+    except Exception as e:                                 # classes raise anything
+        what = f'{type(enc.processor).__name__} has no chat template, and refuses these messages by itself ({e})'
+        raise EncodeError(None, f'{what}; expected some that it takes') from None
+    return Rendered.of(ids, enc.tokenizer)
+
+# %% ../../nbs/forest/07_context.ipynb #c0962cfb
+class Recent(dict):
+    "What was made last: so many things at most, and about so many bytes."
+    def __init__(self, most:int=256, room:int=2**28): self.most, self.room, self.sizes = most, room, {}
+
+    def make(self, key, how): # the value of `key`, made where it isn't there; the oldest go
+        if key not in self:
+            self[key] = value = how()
+            self.sizes[key] = getattr(value, 'nbytes', 0)
+            while len(self) > self.most or len(self) > 1 and sum(self.sizes.values()) > self.room: del self.sizes[old := next(iter(self))], self[old]
+        return self[key]
+
 # %% ../../nbs/forest/07_context.ipynb #889ef932
 @dataclass
 class Encoder:
     "Samples to rows, for one processor and model."
     processor:Any                                           # a processor or tokenizer with a chat template
     model:Any = None                                        # its model: stop tokens, placeholders, positions
-    keep:int = 256                                          # media, and beginnings of prompts, to remember
     name:Any = content_hash                                 # source of a medium -> content hash, for who knows it already
-    _media:dict = field(default_factory=dict, repr=False)   # what was read
-    _heads:dict = field(default_factory=dict, repr=False)   # what was processed
+    _media:dict = field(default_factory=Recent, repr=False) # what was read
+    _heads:dict = field(default_factory=Recent, repr=False) # what was processed
+    _ready:dict = field(default_factory=dict, repr=False)   # pixels of pictures to come, by content hash
+    _batches:dict = field(default_factory=dict, repr=False) # size of pictures -> may they be processed together?
     _shown:set = field(default_factory=set, repr=False)     # (role, kind) that the template is known to show
     _plain:dict = field(default_factory=dict, repr=False)   # begins with bos? -> how many texts the processor just tokenised, and names of its extras
-    _alike:dict = field(default_factory=dict, repr=False)   # what was processed with other media of the same sizes
+    _alike:dict = field(default_factory=Recent, repr=False) # what was processed with other media of the same sizes
     _last:tuple = field(default=('', ()), repr=False)       # what was tokenised last, and its ids
     _heard:int = field(default=0, repr=False)               # samples of the longest sound that is known to be heard to its end
 
@@ -150,33 +179,19 @@ class Encoder:
         self.rate = getattr(getattr(self.processor, '_audio_processor', None), 'sampling_rate', 16_000)
         self.dialect = Dialect.of(getattr(self.processor, 'chat_template', None), self.takes_media)
 
-    def remember(self, cache:dict, key, make): # the value for `key`, made when it isn't there; the oldest goes when there are too many
-        if key not in cache:
-            if len(cache) >= self.keep: del cache[next(iter(cache))]
-            cache[key] = make()
-        return cache[key]
-
     def read(self, part:Part)->Medium|None: # decoded once; None for text and boxes
         if part.type not in ('image', 'audio', 'video'): return None
         key = part.type, part.value if isinstance(part.value, str) else id(part.value)
-        return self.remember(self._media, key, lambda: read_part(part, self.rate, self.name, self.picks))
+        return self._media.make(key, lambda: read_part(part, self.rate, self.name, self.picks))
 
     def render(self, chat:list[dict], prompt:bool, **kw): # the chat template, as text unless told otherwise
         how = {'add_generation_prompt': prompt, 'tokenize': False, **kw}
-        if self.own and not how['tokenize']: return self.spell(chat, **how)
+        if self.own and not how['tokenize']: return spell(self, chat, **how)
         try: return self.processor.apply_chat_template(self.dialect.say(chat), **how)
         except TypeError:                                  # DeepSeek's add arguments to a text
             if not any(m.get('tool_calls') for m in chat): raise
             return self.processor.apply_chat_template(replace(self.dialect, quote=True).say(chat), **how)
         except TemplateError as e: raise EncodeError(None, f'the chat template refuses these messages ({e}); expected a conversation that it takes') from None
-
-    def spell(self, chat:list[dict], **how)->Rendered: # by the class's own code
-        how |= dict(tokenize=True, return_dict=True, return_tensors='pt')
-        try: ids = self.processor.apply_chat_template(self.dialect.say(chat), **how)['input_ids'][0].tolist()
-        except Exception as e:                             # classes raise anything
-            what = f'{type(self.processor).__name__} has no chat template, and refuses these messages by itself ({e})'
-            raise EncodeError(None, f'{what}; expected some that it takes') from None
-        return Rendered.of(ids, self.tokenizer)
 
     def finished(self, chat:list[dict], **kw)->str: # the conversation so far; its answer may have something behind it
         try: return self.render(chat, False, **kw)
@@ -354,6 +369,9 @@ class Context:
     text:str = ''                               # as the template writes it
     keys:tuple[str, ...] = ()                   # content hashes of its media
 
+    @property
+    def nbytes(self)->int: return sum(v.nbytes for v in self.media.values())
+
     def then(self, rest:list[int], text:str, keys:tuple[str, ...])->'Context': # this head with text behind it
         extras = {k: longer(v, len(rest)) for k, v in self.extras.items()}
         return Context(self.ids + rest, self.media, extras, count_on(self.positions, len(rest) - 1), text, keys)
@@ -381,6 +399,7 @@ def pixels(
     media:list[Medium], # pictures
 )->dict[str, Tensor]: # what the image processor makes of them by itself
     "Tensors without the words around them."
+    if len(media) == 1 and (made := enc._ready.get(media[0].key)): return made
     out = enc.processor.image_processor(images=[[d.value for d in media]], return_tensors='pt')
     return cast({k: torch.as_tensor(v) for k, v in out.items()}, enc.dtype)
 
@@ -408,7 +427,7 @@ def compare(
 ):
     "One of a kind more, or never again."
     if kind is None: return
-    seen, known = enc.remember(enc._alike, kind, lambda: (0, replace(head, media={k: v.to('meta') for k, v in head.media.items()})))
+    seen, known = enc._alike.make(kind, lambda: (0, replace(head, media={k: v.to('meta') for k, v in head.media.items()})))
     if seen < 0: return
     try: new = pixels(enc, media)
     except Exception: new = {}                             # classes raise anything
@@ -430,12 +449,39 @@ def prompt(
     if not cut and not media and (zeros := plain(enc, text, len(raw))) is not None: return Context(raw, {}, zeros, None, text, keys)
     name, kind = (keys, tuple(raw[:cut])), kind_of(enc, raw[:cut], media) if cut else None
     head = enc._heads.get(name) if cut else None
-    if head is None and (head := alike(enc, kind, media)) is not None: enc.remember(enc._heads, name, lambda: head)
+    if head is None and (head := alike(enc, kind, media)) is not None: enc._heads.make(name, lambda: head)
     if head is not None: return head.then(raw[cut:], text, keys)
     ids, tensors, extras = process(enc, chat, media, sample)
     if not cut and not media: learn(enc, text, ids == raw and not tensors, extras)
     whole = Context(ids, tensors, extras, rope_positions(enc.model, torch.tensor(ids), tensors, extras), text, keys)
     if cut and (head := whole.head(last_in(ids, enc.placeholders), raw[cut:])) is not None:
-        enc.remember(enc._heads, name, lambda: head)
+        enc._heads.make(name, lambda: head)
         compare(enc, kind, head, media)
     return whole
+
+# %% ../../nbs/forest/07_context.ipynb #69c4d04a
+def batch(
+    enc:Encoder, # with its processor
+    media:list[Medium], # pictures of one size
+)->list[dict[str, Tensor]]: # as `pixels` gives them, for each
+    "Pictures in one call."
+    images = [torch.from_numpy(np.array(d.value)).permute(2, 0, 1) for d in media]
+    out = {k: torch.as_tensor(v) for k, v in enc.processor.image_processor(images=images, return_tensors='pt').items()}
+    if any(len(v) % len(media) for v in out.values()): raise ValueError('pictures of one size became tensors of several')
+    parts = {k: v.chunk(len(media)) for k, v in out.items()}
+    return [cast({k: v[i].clone() for k, v in parts.items()}, enc.dtype) for i in range(len(media))]
+
+def together(
+    enc:Encoder, # gets their pixels ready
+    media:list[Medium], # pictures to come
+):
+    "Process pictures of one size at once, where one by one is known to give the same."
+    sizes, groups = {kind[1] for kind, (seen, _) in enc._alike.items() if seen >= ALIKE}, {}
+    for d in media:
+        if (d.value.size,) in sizes and enc._batches.get(d.value.size, True) and d.key not in enc._ready: groups.setdefault(d.value.size, {})[d.key] = d
+    for size, some in groups.items():
+        try:
+            made, first = batch(enc, list(some.values())), next(iter(some.values()))
+            if size not in enc._batches: enc._batches[size] = all(same(v, made[0].get(k)) for k, v in pixels(enc, [first]).items())
+        except Exception: enc._batches[size] = False       # classes raise anything
+        if enc._batches[size]: enc._ready.update(zip(some, made))

@@ -7,7 +7,7 @@ __all__ = ['BITS', 'ODD', 'STALE', 'FORMAT', 'INDEX', 'bucket', 'Palette', 'pale
            'expand', 'columns', 'stack', 'BrokenShard', 'checksum', 'Heads', 'put', 'sweep', 'checked', 'shard_bytes',
            'Media', 'Shard']
 
-# %% ../../nbs/forest/10_shards.ipynb #1b9b2fef
+# %% ../../nbs/forest/10_shards.ipynb #ac5c2ab2
 import fcntl, hashlib, json, os, time, warnings, zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ from safetensors.torch import save
 from torch import Tensor
 from .tree import Row
 
-# %% ../../nbs/forest/10_shards.ipynb #548c3198
+# %% ../../nbs/forest/10_shards.ipynb #5c3a95fe
 BITS = {torch.float32: np.uint32, torch.bfloat16: np.uint16, torch.float16: np.uint16}     # floats that are looked at as bits
 ODD = 0x9E3779B1, 0x85EBCA77, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1                           # multipliers to try
 
@@ -56,7 +56,7 @@ def palette(
         if len(where) > 256: return None
         if np.array_equal(value[at], bits): return Palette(odd, value[where])     # else two values are in one bucket
 
-# %% ../../nbs/forest/10_shards.ipynb #035bf7e3
+# %% ../../nbs/forest/10_shards.ipynb #2f79f2f5
 def coded(
     bits:np.ndarray, # bit patterns, [n]
     known:dict, # palettes so far, by name; gets this one
@@ -70,15 +70,14 @@ def coded(
     known[name] = new
     return new.codes(bits), new.values
 
-# %% ../../nbs/forest/10_shards.ipynb #9c76b575
+# %% ../../nbs/forest/10_shards.ipynb #382fbaa5
 def by_channel(
     x:Tensor, # any shape
 )->list[Tensor]: # views [a, channels, b] to try, in order
     "Where channels may lie."
-    views, at = [x.reshape(1, 1, -1)], next((i for i, n in enumerate(x.shape) if i and n == 3), None)
-    if at: views.append(x.reshape(x.shape[:at].numel(), 3, -1))
-    elif x.dim() == 2 and x.shape[1] % 3 == 0: views.append(x.reshape(x.shape[0], 3, -1))     # patches, channel after channel
-    return views
+    one, at = x.reshape(1, 1, -1), next((i for i, n in enumerate(x.shape) if i and n == 3), None)
+    if at: return [x.reshape(x.shape[:at].numel(), 3, -1), one]
+    return [x.reshape(x.shape[0], 3, -1), one] if x.dim() == 2 and x.shape[1] % 3 == 0 else [one]     # patches, channel after channel
 
 def narrow(
     x:Tensor, # whole numbers
@@ -88,7 +87,7 @@ def narrow(
     low, high = (int(v) for v in x.aminmax())
     return x.to(torch.uint8) if 0 <= low and high < 256 else x.to(torch.int32) if -2**31 <= low and high < 2**31 else x
 
-# %% ../../nbs/forest/10_shards.ipynb #886c7686
+# %% ../../nbs/forest/10_shards.ipynb #416b9e5d
 def compact(
     x:Tensor, # as the processor gave it
     known:dict|None=None, # palettes of tensors before it; gets those of this one
@@ -120,7 +119,7 @@ def expand(
     for c in range(codes.shape[1]): out[:, c] = table[c].take(codes[:, c])
     return torch.from_numpy(out).view(dtype).reshape(shape)
 
-# %% ../../nbs/forest/10_shards.ipynb #168cf468
+# %% ../../nbs/forest/10_shards.ipynb #2d969757
 def columns(
     row:Row, # any
 )->dict[str, Tensor]: # name -> one line a token, [n] or [n, p]
@@ -139,7 +138,7 @@ def stack(
         out[f'at.{name}'] = torch.tensor([0, *accumulate(len(r.get(name, ())) for r in rows)])
     return out
 
-# %% ../../nbs/forest/10_shards.ipynb #f9af547e
+# %% ../../nbs/forest/10_shards.ipynb #23f9d791
 class BrokenShard(ValueError):
     "A file that doesn't hold what was written: one line."
     def __init__(self, path, why): super().__init__(f'cache: {Path(path).name} is broken ({why})')
@@ -152,7 +151,7 @@ def checksum(
     for t in tensors: crc = zlib.crc32(t.contiguous().view(torch.uint8).numpy() if t.numel() else b'', zlib.crc32(f'{t.dtype}{[*t.shape]}'.encode(), crc))
     return crc
 
-# %% ../../nbs/forest/10_shards.ipynb #952d9697
+# %% ../../nbs/forest/10_shards.ipynb #ed66b463
 @dataclass
 class Heads:
     "Media tensors of a shard that is being made, each once."
@@ -181,7 +180,7 @@ class Heads:
         head = json.dumps([row.media_keys, {k: self.name(v) for k, v in row.media.items()}, row.steps])
         return self.heads.setdefault(head, len(self.heads))
 
-# %% ../../nbs/forest/10_shards.ipynb #21bec379
+# %% ../../nbs/forest/10_shards.ipynb #fc81a5af
 STALE = 60.     # seconds after which an unlocked file of a writer is waste
 
 def put(
@@ -204,7 +203,7 @@ def put(
     finally: os.close(where)
     return path
 
-# %% ../../nbs/forest/10_shards.ipynb #a8675c3a
+# %% ../../nbs/forest/10_shards.ipynb #07de75e0
 def sweep(
     folder:Path, # of a cache
 )->int: # files removed
@@ -219,7 +218,7 @@ def sweep(
         except OSError: continue
     return gone
 
-# %% ../../nbs/forest/10_shards.ipynb #fb663f93
+# %% ../../nbs/forest/10_shards.ipynb #6e06f7ef
 FORMAT = '1'
 INDEX = 'key', 'sample', 'head', 'media_end', 'sum'       # beside the columns' 'at.*'
 
@@ -245,7 +244,7 @@ def shard_bytes(
     meta = dict(format=FORMAT, about=json.dumps(about | more), heads=f'[{", ".join(heads.heads)}]', media=json.dumps(heads.about))
     return save(index | lines | heads.tensors, meta | {'check': checked(index, meta)})
 
-# %% ../../nbs/forest/10_shards.ipynb #61dfdffc
+# %% ../../nbs/forest/10_shards.ipynb #2f0930db
 class Media(Mapping):
     "Media tensors of a row, read when they are asked for and not kept."
     def __init__(self, shard, names, again=None): self.shard, self.names, self.again = shard, names, again     # name of an input -> of a tensor
@@ -265,7 +264,7 @@ class Media(Mapping):
     def dtypes(self)->dict[str, torch.dtype]: return {k: getattr(torch, self.shard.media[n][0]) for k, n in self.names.items()}
     def __repr__(self): return f'Media({", ".join(f"{k} {list(s)}" for k, s in self.shapes.items())})'
 
-# %% ../../nbs/forest/10_shards.ipynb #31a96970
+# %% ../../nbs/forest/10_shards.ipynb #cae48cca
 @dataclass(eq=False)
 class Shard:
     "A file of rows: opened, hardly read."
