@@ -58,12 +58,12 @@ def group(
     prompt:int, # tokens before an answer, about
     answer:int, # tokens of each answer
     many:int, # answers
-    image:int=256, # tokens of the picture
+    image:int=256, # tokens of the picture, and not more than half the prompt
 )->list[Row]: # trained on their answers
     "Answers to one prompt."
-    rng, side = np.random.default_rng(0), 28 * round(image**.5)
+    rng, side = np.random.default_rng(0), 28 * int(min(image, prompt / 2)**.5)
     words = lambda n: ' '.join(f'w{i}' for i in rng.integers(0, 4000, n))
-    picture, asked = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)), words(max(1, prompt - image - 15))
+    picture, asked = Image.fromarray(rng.integers(0, 256, (side, side, 3), dtype=np.uint8)), words(prompt - (side // 28)**2 - 15)
     ask = Message('user', (Part('image', picture), Part('text', asked)))
     return [encode(Sample([ask, Message('assistant', f'w{i} {words(answer - 2)}')]), processor(), model)[0] for i in range(many)]
 
