@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'USES', 'QUIET', 'Command', 'usage', 'UsageError', 'named', 'world_recipe', 'main_world', 'data_recipe',
-           'main_data', 'cache_recipe', 'main_cache', 'load_program', 'complain', 'run', 'main']
+           'main_data', 'cache_recipe', 'main_cache', 'compare_recipe', 'main_compare', 'load_program', 'complain',
+           'run', 'main']
 
 # %% ../nbs/31_cli.ipynb #78f0e082
 import os, sys, traceback
@@ -26,6 +27,7 @@ COMMANDS = {
     'infer': Command('put one question to a model: text, images, sounds and clips in and out', 'omnilab.train.evaluate:main_infer', ('model.name',)),
     'world': Command('write a data set of the procedural world: rows and media files', 'omnilab.cli:main_world', ('out',)),
     'data': Command('list public data sets, show the card of one, or write its rows to a file', 'omnilab.cli:main_data', ('do', 'name')),
+    'compare': Command('put runs side by side: options, curves, scores, answers', 'omnilab.cli:main_compare', ('first', 'second')),
     'memory': Command('foresee the memory of a run: what holds it, and what fits a card', 'omnilab.memory.planner:main'),
     'prepare': Command('look at a data set: rows, lengths, what is shared, what is wrong', 'omnilab.train.prepare:main', ('data',)),
     'cache': Command('look at the cache of encoded rows, remove some of it, verify all of it', 'omnilab.cli:main_cache', ('action',)),
@@ -171,6 +173,35 @@ def main_cache(
         if not rows: print(f'nothing: {r.folder}'); return
         wide = {k: max(len(k), *(len(row[k]) for row in rows)) for k in rows[0]}
         for row in [{k: k for k in wide}, *rows]: print('  '.join(row[k].ljust(w) for k, w in wide.items()).rstrip())
+
+# %% ../nbs/31_cli.ipynb #3c730486
+def compare_recipe()->type: # a recipe's dataclass
+    "What may be said to `omnilab compare`."
+    from dataclasses import dataclass
+    from omnilab.train.recipe import opt
+    @dataclass
+    class CompareRecipe:
+        "Put runs side by side: options, curves, scores, answers."
+        first:str = opt('', 'folder of a run')
+        second:str = opt('', 'folder of another')
+        more:list[str] = opt([], 'folders of others')
+        output:str = opt('', 'the page; empty: compare.html in the folder of the last run')
+    return CompareRecipe
+
+def main_compare(
+    argv:list[str]|None=None, # words of the command line; None: this program's
+    name:str='omnilab compare', # how it is called
+):
+    "Compare runs as the command line says."
+    from pathlib import Path
+    from omnilab.train.recipe import command
+    r = command(compare_recipe(), argv, name)
+    runs = [x for x in (r.first, r.second, *r.more) if x]
+    if len(runs) < 2: raise UsageError('expected the folders of two runs or more: omnilab compare runs/a runs/b')
+    from omnilab.train.compare import Compared
+    both = Compared(*runs)
+    print(both)
+    print(both.save(r.output or Path(runs[-1])/'compare.html'))
 
 # %% ../nbs/31_cli.ipynb #a60108a8
 def load_program(

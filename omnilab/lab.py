@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Answer', 'draw_answer', 'conversation', 'Model', 'load', 'Rows', 'read', 'Packs', 'pack', 'link', 'Run',
-           'launch_line', 'attach', 'entries', 'keep_rows', 'run_name', 'plan', 'sft', 'live', 'LiveCurves', 'evaluate',
-           'compare']
+           'launch_line', 'attach', 'dashboard', 'entries', 'keep_rows', 'run_name', 'plan', 'sft', 'live',
+           'LiveCurves', 'evaluate', 'compare']
 
 # %% ../nbs/30_lab.ipynb #e7ebede7
 import hashlib, json, os, shlex
@@ -263,6 +263,13 @@ def attach(
     if not (Path(path)/'recipe.yaml').is_file(): raise ValueError(f'{path}: expected the folder of a run, with a recipe.yaml')
     return Run(Path(path))
 
+def dashboard(
+    folder:str='', # of runs; empty: as the settings say
+): # train.compare.Dashboard
+    "Runs to choose from and to look at, while they go on too."
+    from omnilab.train.compare import Dashboard
+    return Dashboard(folder)
+
 # %% ../nbs/30_lab.ipynb #12360386
 def entries(
     given:dict, # option -> value
@@ -370,11 +377,15 @@ def evaluate(
     return scores
 
 def compare(
-    before:Model, # one model
-    after:Model, # another
-    samples:Samples, # rows with answers
+    before:Model|Run, # one model, or a run
+    after:Model|Run, # another
+    samples:Samples|None=None, # models: rows with answers
     **how, # max_new_tokens, temperature, …
-): # metrics.tasks.Comparison
-    "The same rows to two models."
+): # metrics.tasks.Comparison; of runs train.compare.Compared
+    "The same rows to two models, or two runs side by side."
+    if isinstance(before, Run) and isinstance(after, Run):
+        from omnilab.train.compare import Compared
+        return Compared(before.folder, after.folder)
+    if samples is None: raise ValueError('compare: two models need rows to answer; expected samples')
     from omnilab.metrics.tasks import compare
     return compare(evaluate(before, samples, **how), evaluate(after, samples, **how))

@@ -4,7 +4,7 @@ import json, re, shutil
 import pytest, yaml
 from conftest import ROOT, run
 
-COMMANDS = 'sft', 'eval', 'infer', 'world', 'data', 'prepare', 'memory', 'cache', 'check'
+COMMANDS = 'sft', 'eval', 'infer', 'world', 'data', 'prepare', 'memory', 'compare', 'cache', 'check'
 
 
 def omnilab(*argv, **kw): return run(['-m', 'omnilab.cli', *argv], **kw)[0]
@@ -22,11 +22,12 @@ def mistake(*argv, **kw):
 
 def recipe_of(command):
     "The dataclass behind a command."
-    from omnilab.cli import cache_recipe, data_recipe, world_recipe
+    from omnilab.cli import cache_recipe, compare_recipe, data_recipe, world_recipe
     from omnilab.memory.planner import MemoryRecipe
     from omnilab.train import evaluate, prepare, recipe
     return dict(sft=recipe.SFTRecipe, eval=evaluate.EvalRecipe, infer=evaluate.InferRecipe, check=evaluate.CheckRecipe, prepare=prepare.PrepareRecipe,
-                world=world_recipe(), data=data_recipe(), cache=cache_recipe(), memory=MemoryRecipe)[command]
+                world=world_recipe(), data=data_recipe(), cache=cache_recipe(), memory=MemoryRecipe,
+                compare=compare_recipe())[command]
 
 
 @pytest.mark.parametrize('argv', [('--help',), *((c, '--help') for c in COMMANDS), ('sft', '--print-config')], ids=' '.join)
