@@ -32,7 +32,8 @@ from ..forest.operator import drain, drain_backward, run_tiles, run_tiles_backwa
 from ..models.load import answering, auto_class
 from ..objectives.score import Scorer
 from ..objectives.sft import sft_objective, size
-from ..train.loop import Run, accelerator, one_step, optimizers, prepare
+from ..train.loop import Run, accelerator, one_step, prepare
+from ..train.optim import optimizers
 from ..train.recipe import SFTRecipe
 from ..train.sft import part_of, trainable
 from ..tune.adapters import prefixes

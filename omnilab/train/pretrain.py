@@ -51,7 +51,8 @@ from ..objectives.sft import sft_objective, size
 from ..settings import settings
 from .callbacks import MetricsFile, ModalityGap, Progress, TensorBoard, TokenDiversity
 from .checkpoint import Checkpoint, resume
-from .loop import accelerator, fits, optimizers, prepare, schedule, train
+from .loop import accelerator, prepare, train
+from .optim import fits, optimizers, schedule
 from .recipe import Count, Share, Size, TrainArgs, Whole, command, opt, to_yaml
 
 # %% ../../nbs/train/09_pretrain.ipynb #352dd0b5
