@@ -36,6 +36,7 @@ from ..train.loop import Run, accelerator, one_step, prepare
 from ..train.optim import optimizers
 from ..train.recipe import SFTRecipe
 from ..train.sft import part_of, trainable
+from ..train.spare import offload, recompute
 from ..tune.adapters import prefixes
 
 # %% ../../nbs/memory/00_trace.ipynb #2de821b6
@@ -201,6 +202,11 @@ class Ledger:
     def claim(self, xs:Iterable[Tensor], kind:str, always:bool=False): # these are of a kind; always: from the beginning to the end
         for x in xs: self.enter(x).update({'kind': kind} | ({'born': 0} if always else {}))
 
+    def aside(self, x:Tensor)->Tensor: # a copy that lies elsewhere: of no kind
+        y = x.clone()
+        self.claim([y], '')
+        return y
+
     def where(self)->str: # which node of the backward pass, or which module
         if torch._C._current_graph_task_id() == -1: return self.place
         node = torch._C._current_autograd_node()
@@ -213,7 +219,7 @@ def timeline(
 )->np.ndarray: # bytes, [kinds, moments]
     "Bytes of every kind that are held at each moment."
     change = np.zeros((len(KINDS), time + 2), dtype=np.int64)
-    for e in entries:
+    for e in (e for e in entries if e['kind']):
         row = change[KINDS.index(e['kind'])]
         row[e['born']] += e['bytes']
         if e['died'] is not None and e['born']: row[e['died']] -= e['bytes']
@@ -291,13 +297,13 @@ def trace(
     packs:list, # of one step
     recipe:SFTRecipe, # its `adapter` and `train`
     processor=None, # of the model; tells kinds of tokens
-    checkpointing:bool=False, # layers are computed again in the backward pass
     logits:int=2**25, # that the head may hold at once
 )->Trace: # of a step that is not the first
     "What a training step will hold, without holding it."
     with torch.device('meta'): model = trainable(hollow(model), recipe)
-    if checkpointing: model.gradient_checkpointing_enable()
-    ledger, mode = Ledger(), Ghosts()
+    ledger, mode, t = Ledger(), Ghosts(), recipe.train
+    if t.checkpointing: recompute(model)
+    if t.offload: offload(model, send=ledger.aside, fetch=lambda x, device: x.clone())
     ghosts = lambda x: {k: ghosts(v) for k, v in x.items()} if isinstance(x, dict) else mode.like(x) if x.is_floating_point() else x
     packs = [replace(p, weight=ghosts(p.weight), media=ghosts(p.media), extras=ghosts(p.extras)) for p in packs]
     with Lists(), mode: return follow(job(swapped(model, mode.like), packs, recipe, processor, logits), mode, ledger)
@@ -334,7 +340,7 @@ def key(
     t, config = recipe.train, model.config.to_json_string() + str(model.config._attn_implementation)
     inputs = [[k, note(x)] for p in packs for k, x in {**vars(p), **p.media, **p.extras, **vars(p.plan)}.items() if isinstance(x, Tensor)]
     parts = [config, [(n, *note(p)) for n, p in model.named_parameters()], inputs, asdict(recipe.adapter),
-             [t.optimizer, t.precision, t.clip, t.freeze, t.z_loss], more, [version(x) for x in ('torch', 'transformers', 'peft', 'omnilab')]]
+             [t.optimizer, t.precision, t.clip, t.freeze, t.z_loss, t.checkpointing, t.offload], more, [version(x) for x in ('torch', 'transformers', 'peft', 'omnilab')]]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
 
 def remembered(
@@ -343,14 +349,13 @@ def remembered(
     packs:list, # of one step
     recipe:SFTRecipe, # its `adapter` and `train`
     processor=None, # of the model
-    checkpointing:bool=False, # layers are computed again in the backward pass
     logits:int=2**25, # that the head may hold at once
 )->Trace: # read, or made and written
     "`trace`, kept in a folder."
     model = hollow(model)
-    path = Path(folder)/f'{key(model, packs, recipe, type(processor).__name__, checkpointing, logits)}.json'
+    path = Path(folder)/f'{key(model, packs, recipe, type(processor).__name__, logits)}.json'
     if path.is_file(): return Trace.load(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    t = trace(model, packs, recipe, processor, checkpointing, logits)
+    t = trace(model, packs, recipe, processor, logits)
     t.save(path)
     return t

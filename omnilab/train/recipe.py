@@ -103,6 +103,9 @@ class TrainArgs:
     weight_decay:Size = opt(0., 'of matrices')
     beta2:Share = opt(.95, "AdamW's memory of the squared gradient")
     clip:Size = opt(1., 'largest norm of the gradient; 0: not clipped')
+    checkpointing:bool = opt(False, 'layers are computed again in the backward pass: much less memory, a third more time')
+    offload:bool = opt(False, "what the backward pass needs waits in the CPU's memory; without an accelerator it is there anyway")
+    compile:bool = opt(False, 'torch.compile of each layer; needs a compiler, without one the run says so and goes on')
     z_loss:Size = opt(0., "pull of the logits' log-sum-exp towards zero")
     precision:Literal['no', 'bf16', 'fp16'] = opt(settings.train.precision, 'mixed precision')
     device:Literal['auto', 'cpu', 'cuda', 'mps'] = opt(settings.train.device, 'auto: an accelerator if there is one')
@@ -140,7 +143,8 @@ class SFTRecipe:
 
 # %% ../../nbs/train/00_recipe.ipynb #50a7b3a9
 FREE = ('output', 'resume', 'dry_run', 'check', 'data.cache', 'data.full', 'data.workers', 'data.test', 'data.eval_rows', 'data.max_new_tokens',
-        'train.eval_every', 'train.save_every', 'train.keep', 'train.tracker', 'train.device')
+        'train.eval_every', 'train.save_every', 'train.keep', 'train.tracker', 'train.device',
+        'train.checkpointing', 'train.offload')
 
 # %% ../../nbs/train/00_recipe.ipynb #4cada7ad
 class Option(NamedTuple):

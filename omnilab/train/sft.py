@@ -193,9 +193,10 @@ def prepare_run(
     from omnilab.objectives.sft import sft_objective, size
     from omnilab.train.loop import accelerator, prepare
     from omnilab.train.optim import optimizers, schedule
-    t = recipe.train
+    from omnilab.train.spare import lighten
+    t, acc = recipe.train, accelerator(recipe.train.precision, recipe.train.device)
     set_seed(t.seed)
-    model, acc = trainable(loaded.model, recipe), accelerator(t.precision, t.device)
+    model = lighten(trainable(loaded.model, recipe), t, acc.device, acc.print)
     data = feed(recipe, loaded, packs, acc)
     steps = t.steps or data.steps(t.packs, t.epochs)
     low = {k: v for k, v in asdict(recipe.galore).items() if v is not None}
