@@ -8,7 +8,7 @@ __all__ = ['UNKNOWN', 'aten', 'INDEXING', 'INSIDE', 'KINDS', 'COLOURS', 'job', '
            'phases', 'Trace', 'few', 'follow', 'trace', 'draw', 'key', 'remembered']
 
 # %% ../../nbs/memory/00_trace.ipynb #839f32a1
-import copy, hashlib, json, weakref
+import accelerate.state, copy, hashlib, json, weakref
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode,
                                            UnsupportedOperatorException)
@@ -37,6 +36,7 @@ from ..train.optim import optimizers
 from ..train.recipe import SFTRecipe
 from ..train.sft import part_of, trainable
 from ..train.spare import offload, recompute
+from ..train.tricks import EMA
 from ..tune.adapters import prefixes
 
 # %% ../../nbs/memory/00_trace.ipynb #2de821b6
@@ -50,11 +50,12 @@ def job(
     "The run of a recipe, without data to read or curves to write."
     t = recipe.train
     opts = optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, t.lr_scale, part_of(model))
-    AcceleratorState._reset_state(True)                     # another precision than the last run's is no mistake here
+    accelerate.state.AcceleratorState._reset_state(True)                     # another precision than the last run's is no mistake here
     acc = accelerator(t.precision, 'cpu')
     acc.device_placement = False                            # tensors are where they belong
     run = prepare(Scorer(model, logits), opts, acc, data=Loader(list(packs), shuffle=False, ahead=0), objective=sft_objective(processor, t.z_loss), size=size,
                   schedule=lambda step: 1., steps=1, packs=len(packs), clip=t.clip)
+    if t.ema: EMA(t.ema).on_start(run)
     run.scorer.train()
     return run
 
@@ -63,7 +64,7 @@ def tensors(
     run:Run, # with a step behind it
 )->dict[str, list[Tensor]]: # kind -> what is held between steps
     "What stays from step to step."
-    state = [x for o in run.optimizers for s in o.state.values() for x in s.values() if torch.is_tensor(x)]
+    state = [*run.kept.get('ema', {}).values()] + [x for o in run.optimizers for s in o.state.values() for x in s.values() if torch.is_tensor(x)]
     given = [x for p in run.data.packs for x in (p.input_ids, p.position_ids, p.source, p.target, p.weight, p.at, *p.media.values(), *p.extras.values())]
     return {'weights': [*run.model.parameters(), *run.model.buffers()], 'optimiser': state, 'inputs': given}
 
@@ -340,7 +341,8 @@ def key(
     t, config = recipe.train, model.config.to_json_string() + str(model.config._attn_implementation)
     inputs = [[k, note(x)] for p in packs for k, x in {**vars(p), **p.media, **p.extras, **vars(p.plan)}.items() if isinstance(x, Tensor)]
     parts = [config, [(n, *note(p)) for n, p in model.named_parameters()], inputs, asdict(recipe.adapter),
-             [t.optimizer, t.precision, t.clip, t.freeze, t.z_loss, t.checkpointing, t.offload], more, [version(x) for x in ('torch', 'transformers', 'peft', 'omnilab')]]
+             [t.optimizer, t.precision, t.clip, t.freeze, t.z_loss, t.checkpointing, t.offload, t.ema > 0], more,
+             [version(x) for x in ('torch', 'transformers', 'peft', 'omnilab')]]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
 
 def remembered(

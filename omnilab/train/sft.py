@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['check_rows', 'check', 'load_model', 'part_of', 'trainable', 'towers_of', 'towered', 'choose', 'answers', 'company',
            'made_by', 'prepare_run', 'default_callbacks', 'sft_metrics', 'identity', 'save_model', 'Result', 'prove',
-           'run', 'begin', 'render', 'peak_memory', 'dry_run', 'main']
+           'run', 'finish', 'begin', 'render', 'peak_memory', 'dry_run', 'main']
 
 # %% ../../nbs/train/06_sft.ipynb #3d19b0b3
-import dataclasses, resource, shutil, sys
+import dataclasses, re, resource, shutil, sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from .feed import describe_packs, feed, files, fingerprint, glance, plan_packs, read_files, read_packs, told_of, with_system
-from .recipe import FREE, RecipeError, SFTRecipe, command, to_yaml
+from .recipe import FREE, TRACKERS, RecipeError, SFTRecipe, command, to_yaml
 
 # %% ../../nbs/train/06_sft.ipynb #7355c9f3
 def check_rows(
@@ -55,6 +56,12 @@ def check(
         raise RecipeError(f'model.quantize = {recipe.model.quantize!r} with adapter.kind = \'none\': quantised weights cannot move; expected an adapter')
     if recipe.train.optimizer in ('galore', 'qgalore', 'apollo') and recipe.adapter.kind != 'none':
         raise RecipeError(f'train.optimizer = {recipe.train.optimizer!r} with adapter.kind = {recipe.adapter.kind!r}: adapters are small; expected none')
+    if (t := recipe.train.tracker) != 'none' and not find_spec(TRACKERS[t]):
+        here = ', '.join(k for k in TRACKERS if find_spec(TRACKERS[k]))
+        raise RecipeError(f'train.tracker = {t!r}: its package ({TRACKERS[t]}) is not installed; expected one of none, {here}')
+    if recipe.push_to and not re.fullmatch(r'[\w.-]+/[\w.-]+', recipe.push_to):
+        raise RecipeError(f'push_to = {recipe.push_to!r}: expected a name such as me/model')
+    if recipe.train.patience and not recipe.train.eval_every: raise RecipeError('train.patience: nothing is evaluated; expected train.eval_every')
     if not recipe.train.steps and not recipe.train.epochs: raise RecipeError('train.steps and train.epochs are both 0; expected one of them')
     return recipe
 
@@ -219,13 +226,17 @@ def default_callbacks(
     "What a run is watched by."
     from omnilab.train import callbacks as c
     from omnilab.train.checkpoint import Checkpoint
+    from omnilab.train.share import Tracker
+    from omnilab.train.tricks import EMA, EarlyStop, Noise, on_average
     t, folder, few = recipe.train, Path(recipe.output), max(1, recipe.train.eval_every or 20)
-    out, watched = [c.TokenDiversity(few)], c.richest(test_packs or packs or [])
+    out, watched = [c.TokenDiversity(few)] + [EMA(t.ema)] * bool(t.ema) + [Noise(t.neftune, t.seed)] * bool(t.neftune), c.richest(test_packs or packs or [])
+    of = on_average if t.ema and t.ema_for != 'model' else lambda f: f
+    asked = answers(choose(test, recipe.data.eval_rows), loaded.processor, folder, recipe.data.max_new_tokens)
     if watched is not None: out.append(c.ModalityGap(watched, few))
-    if test_packs: out.append(c.Evaluate(c.held_out(test_packs, sft_metrics(loaded)), t.eval_every, 'test'))
-    if test: out.append(c.Evaluate(answers(choose(test, recipe.data.eval_rows), loaded.processor, folder, recipe.data.max_new_tokens), t.eval_every, 'answers'))
-    out += [*extra, c.Progress(t.max_length), c.MetricsFile(folder/'metrics.jsonl')]
-    if t.tracker == 'tensorboard': out.append(c.TensorBoard(folder/'tensorboard'))
+    if test_packs: out.append(c.Evaluate(of(c.held_out(test_packs, sft_metrics(loaded))), t.eval_every, 'test'))
+    if test: out.append(c.Evaluate(of(asked), t.eval_every, 'answers'))
+    out += [*extra, *[EarlyStop(t.watch, t.patience)] * bool(t.patience), c.Progress(t.max_length), c.MetricsFile(folder/'metrics.jsonl')]
+    if t.tracker != 'none': out.append(Tracker(t.tracker, folder))
     return [*out, Checkpoint(folder/'checkpoints', identity(recipe, packs), t.save_every, t.keep)]
 
 def sft_metrics(loaded)->Callable: # the objective, for held-out packs
@@ -300,33 +311,48 @@ def run(
     if packs is not None and (recipe.data.system or recipe.data.towers or any(asdict(recipe.media).values())):
         raise RecipeError('media, data.system or data.towers: the rows are packed already; expected them where they are read and loaded')
     from omnilab.data.cards import read_rows
-    from omnilab.forest.context import Encoder, own_system
     from omnilab.train.loop import train
-    from omnilab.train.report import report
     rows = read_files(recipe) if packs is None and not recipe.data.streaming else {}
     if test is None: test = read_rows(recipe.data.test, recipe.data.on_error) if recipe.data.test else []
+    if recipe.train.patience and not test: raise RecipeError('train.patience: nothing is evaluated; expected rows in data.test')
     test = with_system(test, recipe.data.system)
     loaded = loaded or load_model(recipe)
     if rows: packs = plan_packs(rows, loaded, recipe, towered)
     if recipe.check: prove(loaded, packs)
     test_packs = read_packs(test, loaded, recipe, towered) if test else []
     job, folder = prepare_run(recipe, loaded, packs), Path(recipe.output)
-    if not recipe.data.system and (said := own_system(Encoder(loaded.processor, loaded.model))):
-        job.accelerator.print(f'the chat template says {said!r} where a conversation has no system message (data.system says another)', file=sys.stderr)
-    begin(job, recipe, packs)
+    begin(job, recipe, packs, loaded)
     train(job, default_callbacks(recipe, loaded, packs, test, test_packs, callbacks))
-    if job.accelerator.is_main_process: save_model(job, loaded.processor, folder, recipe); report(folder)
-    job.accelerator.wait_for_everyone()
+    finish(job, recipe, loaded.processor)
     return Result(folder, job, loaded.processor, packs, folder/'report.html')
+
+# %% ../../nbs/train/06_sft.ipynb #6adbaaa0
+def finish(
+    job, # a run at its end
+    recipe:SFTRecipe, # what made it
+    processor, # the model's
+):
+    "Model and report, in the run's folder and where else they are wanted."
+    from omnilab.train.report import report
+    from omnilab.train.share import push
+    from omnilab.train.tricks import put
+    folder = Path(recipe.output)
+    if recipe.train.ema and recipe.train.ema_for != 'evaluation': put(job.model, job.kept['ema'])
+    if job.accelerator.is_main_process:
+        save_model(job, processor, folder, recipe); report(folder)
+        if recipe.push_to: print(push(folder, recipe.push_to), file=sys.stderr)
+    job.accelerator.wait_for_everyone()
 
 # %% ../../nbs/train/06_sft.ipynb #b9414000
 def begin(
     job, # a prepared run
     recipe:SFTRecipe, # what made it
     packs, # what it learns from; None: a stream
+    loaded, # model and processor
 ):
     "Write down what the run is, or go on with it where it stopped."
     import json
+    from omnilab.forest.context import Encoder, own_system
     from omnilab.train.checkpoint import checkpoints, resume
     folder = Path(recipe.output)
     if (old := checkpoints(folder/'checkpoints')) and not recipe.resume:
@@ -336,7 +362,9 @@ def begin(
         folder.mkdir(parents=True, exist_ok=True)
         (folder/'recipe.yaml').write_text(to_yaml(recipe))
         if packs is not None: (folder/'packs.json').write_text(json.dumps(describe_packs(packs), ensure_ascii=False))
-    for line in told_of(packs): job.accelerator.print(line, file=sys.stderr)
+    told, said = told_of(packs), not recipe.data.system and own_system(Encoder(loaded.processor, loaded.model))
+    if said: told.append(f'the chat template says {said!r} where a conversation has no system message (data.system says another)')
+    for line in told: job.accelerator.print(line, file=sys.stderr)
 
 # %% ../../nbs/train/06_sft.ipynb #45d0f7b1
 def render(
