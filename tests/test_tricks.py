@@ -80,7 +80,7 @@ def test_ends_early(world):
 
 
 @pytest.mark.parametrize('wrong, said', [(dict(patience=1, eval_every=0), 'expected train.eval_every'), (dict(patience=1, eval_every=2), 'expected rows in data.test'),
-                                         (dict(patience=1, eval_every=2, watch='test/los'), "train.watch = 'test/los'")])
+                                         (dict(patience=1, eval_every=2, watch='min test/los'), "train.watch = 'min test/los'")])
 def test_one_line(world, capsys, wrong, said):
     from omnilab.train.recipe import to_yaml
     from omnilab.train.sft import main

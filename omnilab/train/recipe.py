@@ -113,7 +113,7 @@ class TrainArgs:
     ema_for:Literal['both', 'evaluation', 'model'] = opt('both', 'what the average is taken for: evaluations, the saved model, or both')
     neftune:Size = opt(0., 'noise on the embeddings of text while training, such as 5; 0: none')
     patience:Whole = opt(0, 'evaluations in a row without progress after which the run ends; 0: never')
-    watch:str = opt('test/loss', 'what should make progress, such as answers/mean: a loss by falling, all else by rising')
+    watch:str = opt('min test/loss', 'for patience: min or max, and what should make progress, such as max answers/mean')
     compile:bool = opt(False, 'torch.compile of each layer; needs a compiler, without one the run says so and goes on')
     z_loss:Size = opt(0., "pull of the logits' log-sum-exp towards zero")
     precision:Literal['no', 'bf16', 'fp16'] = opt(settings.train.precision, 'mixed precision')

@@ -198,10 +198,12 @@ def prepare_run(
     from accelerate.utils import set_seed
     from omnilab.objectives.score import Scorer
     from omnilab.objectives.sft import sft_objective, size
+    from omnilab.train.launch import refuse
     from omnilab.train.loop import accelerator, prepare
     from omnilab.train.optim import optimizers, schedule
     from omnilab.train.spare import lighten
     t, acc = recipe.train, accelerator(recipe.train.precision, recipe.train.device)
+    refuse(acc.distributed_type, recipe)
     set_seed(t.seed)
     model = lighten(trainable(loaded.model, recipe), t, acc.device, acc.print)
     data = feed(recipe, loaded, packs, acc)

@@ -65,18 +65,21 @@ def on_average(
 class EarlyStop:
     "End the run when a number no longer gets better."
     def __init__(self,
-        watch:str='test/loss', # name of a metric; better is lower if it is a loss, else higher
+        watch:str='min test/loss', # min or max, and the name of a metric
         patience:int=3, # evaluations in a row without progress after which the run ends
-    ): self.watch, self.patience, self.sign = watch, patience, 1 if 'loss' in watch else -1
+    ):
+        way, _, self.metric = watch.partition(' ')
+        self.watch, self.patience, self.sign = watch, patience, 1 if way == 'min' else -1
+        if way not in ('min', 'max') or not self.metric: raise ValueError(f'train.watch = {watch!r}: expected min or max and a metric, such as min test/loss')
 
     def on_start(self, run:Run):
         names = [n for n in run.metrics if '/' in n]
-        if names and not run.step and self.watch not in names: raise ValueError(f'train.watch = {self.watch!r}: expected one of {", ".join(names)}')
+        if names and not run.step and self.metric not in names: raise ValueError(f'train.watch = {self.watch!r}: expected one of {", ".join(names)}')
         run.kept.setdefault('patience', {'best': float('inf'), 'since': 0})
         if not run.step: self.on_step(run)
         self.end(run)
     def on_step(self, run:Run):
-        kept, value = run.kept['patience'], run.metrics.get(self.watch)
+        kept, value = run.kept['patience'], run.metrics.get(self.metric)
         if value is not None:
             better = self.sign * value < kept['best']
             kept |= {'best': self.sign * value, 'since': 0} if better else {'since': kept['since'] + 1}
