@@ -23,6 +23,7 @@ class Command(NamedTuple):
 COMMANDS = {
     'demo': Command('fine-tune the shipped model on something new, and look at the report', 'omnilab.train.demo:main'),
     'sft': Command('fine-tune a model on rows with answers', 'omnilab.train.sft:main'),
+    'launch': Command('the same on several processes or machines', 'omnilab.train.launch:main', ('config',)),
     'eval': Command('score a model on rows with answers, by generation', 'omnilab.train.evaluate:main', ('model.name', 'data')),
     'infer': Command('put one question to a model: text, images, sounds and clips in and out', 'omnilab.train.evaluate:main_infer', ('model.name',)),
     'world': Command('write a data set of the procedural world: rows and media files', 'omnilab.cli:main_world', ('out',)),

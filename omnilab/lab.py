@@ -250,10 +250,10 @@ def launch_line(
     gpus:int, # processes, one a GPU
     output:str='', # folder of the new run; empty: beside the old one
 )->str: # for a terminal
-    "`accelerate launch` for a recipe."
+    "`omnilab launch` for a recipe."
     if gpus < 1: raise ValueError(f'gpus = {gpus}: expected 1 or more')
-    words = ['accelerate', 'launch', '--num_machines', '1', '--num_processes', str(gpus), '--mixed_precision', recipe.train.precision, '--dynamo_backend', 'no']
-    words += ['--multi_gpu'] * (gpus > 1) + ['-m', 'omnilab.train.sft', str(path), '--output', output or f'{recipe.output}-{gpus}gpu', '--train.device', 'auto']
+    words = ['omnilab', 'launch', 'ddp' if gpus > 1 else 'gpu', str(path), '--processes', str(gpus)]
+    words += ['--output', output or f'{recipe.output}-{gpus}gpu', '--train.device', 'auto']
     return shlex.join(words)
 
 def attach(

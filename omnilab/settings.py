@@ -44,7 +44,7 @@ class Media:
 @dataclass(frozen=True)
 class Train:
     "What a run uses when its recipe doesn't say."
-    tracker:Literal['none', 'tensorboard'] = 'tensorboard'       # where curves go, beside metrics.jsonl
+    tracker:Literal['none', 'tensorboard', 'wandb', 'mlflow', 'trackio', 'comet_ml', 'aim', 'clearml', 'dvclive', 'swanlab'] = 'tensorboard'   # where curves go
     precision:Literal['no', 'bf16', 'fp16'] = 'no'               # mixed precision, as Accelerate names it
     device:Literal['auto', 'cpu', 'cuda', 'mps'] = 'auto'        # auto: the accelerator if there is one
 

@@ -4,7 +4,7 @@ import json, re, shutil
 import pytest, yaml
 from conftest import ROOT, run
 
-COMMANDS = 'sft', 'eval', 'infer', 'world', 'data', 'prepare', 'memory', 'compare', 'cache', 'check'
+COMMANDS = 'sft', 'launch', 'eval', 'infer', 'world', 'data', 'prepare', 'memory', 'compare', 'cache', 'check'
 
 
 def omnilab(*argv, **kw): return run(['-m', 'omnilab.cli', *argv], **kw)[0]

@@ -55,7 +55,8 @@ class Keep:
 def build(kind, seed, dropout=0.):
     from omnilab.objectives.score import Scorer
     from omnilab.objectives.sft import sft_objective, size
-    from omnilab.train.loop import accelerator, optimizers, prepare, schedule
+    from omnilab.train.loop import accelerator, prepare
+    from omnilab.train.optim import optimizers, schedule
     torch.manual_seed(seed)
     model, acc = Tiny(dropout=dropout), accelerator(device='cpu')
     torch.manual_seed(seed + acc.process_index)

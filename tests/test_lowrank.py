@@ -62,7 +62,8 @@ def test_a_run_resumes_to_the_bit(kind, inner, tmp_path):
     if kind == 'apollo' and inner != 'adamw': pytest.skip('apollo has one rule')
     import test_two_ranks as two
     from omnilab.train.checkpoint import Checkpoint, resume
-    from omnilab.train.loop import LOW_RANK, optimizers, train
+    from omnilab.train.loop import train
+    from omnilab.train.optim import LOW_RANK, optimizers
     def build(seed):
         run = two.build(seed, dropout=.2)
         options = dict(rank=3, every=2) | ({} if kind == 'apollo' else dict(inner=inner))

@@ -51,7 +51,8 @@ def trained(family, frozen):
     from omnilab.forest.loader import Loader
     from omnilab.objectives.score import Scorer
     from omnilab.objectives.sft import sft_objective, size
-    from omnilab.train.loop import accelerator, optimizers, prepare, schedule, train
+    from omnilab.train.loop import accelerator, prepare, train
+    from omnilab.train.optim import optimizers, schedule
     model, enc, packs = make(family)
     for n, p in model.named_parameters(): p.requires_grad_(not (frozen and tower(n)))
     whole, rows = partial(complete, dummies=dummies(packs, enc)), []

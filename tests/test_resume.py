@@ -48,7 +48,8 @@ def worker(folder):
     from omnilab.objectives.sft import sft_objective, size
     from omnilab.train.callbacks import MetricsFile
     from omnilab.train.checkpoint import Checkpoint, resume
-    from omnilab.train.loop import accelerator, optimizers, prepare, schedule, train
+    from omnilab.train.loop import accelerator, prepare, train
+    from omnilab.train.optim import optimizers, schedule
     folder, recipe = Path(folder), {'seed': 0}
     torch.manual_seed(0)
     net = Tiny()

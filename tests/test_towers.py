@@ -244,7 +244,8 @@ def learned(name):
     from omnilab.forest.tree import forest
     from omnilab.objectives.score import Scorer
     from omnilab.objectives.sft import sft_objective, size
-    from omnilab.train.loop import accelerator, optimizers, prepare, schedule, train
+    from omnilab.train.loop import accelerator, prepare, train
+    from omnilab.train.optim import optimizers, schedule
     model, enc = family(name)
     towers, rows = study(model, enc), []
     packs = [collate(forest([towers(row(enc, kinds, i))])) for i, kinds in enumerate([['image'], [], [], ['image'], [], [], ['video'], [], [], ['video']])]

@@ -58,7 +58,8 @@ def build(seed, dropout=0.):
     from omnilab.forest.loader import Loader
     from omnilab.objectives.score import Scorer
     from omnilab.objectives.sft import sft_objective, size
-    from omnilab.train.loop import accelerator, optimizers, prepare, schedule
+    from omnilab.train.loop import accelerator, prepare
+    from omnilab.train.optim import optimizers, schedule
     torch.manual_seed(seed)
     model, acc = Tiny(dropout=dropout), accelerator(device='cpu')
     torch.manual_seed(seed + acc.process_index)         # every process its own dropout; the head runs on 3 rows at a time

@@ -25,7 +25,8 @@ from ..forest.tree import Tree, forest
 from ..models.load import load
 from ..objectives.score import Scorer
 from ..objectives.sft import sft_objective, size
-from ..train.loop import accelerator, optimizers, prepare, schedule, train
+from ..train.loop import accelerator, prepare, train
+from ..train.optim import optimizers, schedule
 from ..train.recipe import Count, command, opt
 
 # %% ../../nbs/bench/09_loader.ipynb #bb4c1cf1

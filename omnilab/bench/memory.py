@@ -25,6 +25,7 @@ from ..memory.trace import job, measured, trace
 from ..models.load import load
 from ..train.recipe import SFTRecipe, command, opt
 from ..train.sft import trainable
+from ..train.spare import lighten
 
 # %% ../../nbs/bench/11_memory.ipynb #bd19cf65
 def of_text(
@@ -89,12 +90,11 @@ def measure(
     torch.manual_seed(0)
     model, packs = case.make()
     r = SFTRecipe()
-    r.adapter.kind, r.train.optimizer, r.train.precision = case.adapter, case.optimizer, case.precision
+    r.adapter.kind, r.train.optimizer, r.train.precision, r.train.checkpointing = case.adapter, case.optimizer, case.precision, case.checkpointing
     began = time.process_time()
-    t = trace(model, packs, r, checkpointing=case.checkpointing, logits=case.logits)
+    t = trace(model, packs, r, logits=case.logits)
     took = time.process_time() - began
-    model = trainable(model, r)
-    if case.checkpointing: model.gradient_checkpointing_enable()
+    model = lighten(trainable(model, r), r.train)
     real = int(measured(job(model, packs, r, logits=case.logits)).max())
     how = dict(step=case.name, adapter=case.adapter, optimizer=case.optimizer, precision=case.precision, layers='again' if case.checkpointing else 'kept')
     return how | {'logits': f'2**{case.logits.bit_length() - 1}', 'foreseen MiB': t.peak / 2**20, 'measured MiB': real / 2**20,

@@ -21,7 +21,6 @@ class MemoryRecipe(SFTRecipe):
     card:str = opt('', 'memory of a device, such as 24GB (as cards are sold: 2**30 bytes each); the longest pack that fits is looked for')
     ranks:Count = opt(1, 'processes among which FSDP divides weights, gradients and optimiser')
     compare:bool = opt(False, 'what other choices would hold')
-    checkpointing:bool = opt(False, 'layers are computed again in the backward pass')
     logits:Count = opt(2**25, 'numbers that the output head may make at once')
 
 def card_bytes(
@@ -80,7 +79,7 @@ def foresee(
 ): # memory.trace.Trace
     "The trace of a recipe's worst step; quantised weights are reckoned, all else is traced."
     from omnilab.memory.trace import KINDS, remembered
-    t = remembered(settings.paths.runs/'traces', loaded.model, packs, recipe, loaded.processor, recipe.checkpointing, recipe.logits)
+    t = remembered(settings.paths.runs/'traces', loaded.model, packs, recipe, loaded.processor, recipe.logits)
     if recipe.model.quantize == 'none': return t
     less = saved(loaded.model, recipe.model.quantize)
     return replace(t, bytes={k: [x - less * (k == 'weights') for x in t.bytes[k]] for k in KINDS})
@@ -107,7 +106,8 @@ def choices(
         for k, v in kw.items(): setattr(getattr(r, part) if part else r, k, v)
         return r
     a, t = recipe.adapter.kind, recipe.train
-    out = {'as it is': recipe, 'layers kept' if recipe.checkpointing else 'layers computed again': but(checkpointing=not recipe.checkpointing),
+    out = {'as it is': recipe, 'layers kept' if t.checkpointing else 'layers computed again': but('train', checkpointing=not t.checkpointing),
+           'activations on the device' if t.offload else 'activations beside it': but('train', offload=not t.offload),
            f'head in {2**20:,} logits': but(logits=2**20)}
     out |= {k: but('train', optimizer=k) for k in ('adamw', 'muon') if k != t.optimizer}
     out |= {f'precision {k}': but('train', precision=k) for k in ('no', 'bf16') if k != t.precision}

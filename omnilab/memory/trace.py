@@ -8,7 +8,7 @@ __all__ = ['UNKNOWN', 'aten', 'INDEXING', 'INSIDE', 'KINDS', 'COLOURS', 'job', '
            'phases', 'Trace', 'few', 'follow', 'trace', 'draw', 'key', 'remembered']
 
 # %% ../../nbs/memory/00_trace.ipynb #839f32a1
-import copy, hashlib, json, weakref
+import accelerate.state, copy, hashlib, json, weakref
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (DataDependentOutputException, DynamicOutputShapeException, FakeTensor, FakeTensorMode,
                                            UnsupportedOperatorException)
@@ -32,9 +31,12 @@ from ..forest.operator import drain, drain_backward, run_tiles, run_tiles_backwa
 from ..models.load import answering, auto_class
 from ..objectives.score import Scorer
 from ..objectives.sft import sft_objective, size
-from ..train.loop import Run, accelerator, one_step, optimizers, prepare
+from ..train.loop import Run, accelerator, one_step, prepare
+from ..train.optim import optimizers
 from ..train.recipe import SFTRecipe
 from ..train.sft import part_of, trainable
+from ..train.spare import offload, recompute
+from ..train.tricks import EMA
 from ..tune.adapters import prefixes
 
 # %% ../../nbs/memory/00_trace.ipynb #2de821b6
@@ -48,11 +50,12 @@ def job(
     "The run of a recipe, without data to read or curves to write."
     t = recipe.train
     opts = optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, t.lr_scale, part_of(model))
-    AcceleratorState._reset_state(True)                     # another precision than the last run's is no mistake here
+    accelerate.state.AcceleratorState._reset_state(True)                     # another precision than the last run's is no mistake here
     acc = accelerator(t.precision, 'cpu')
     acc.device_placement = False                            # tensors are where they belong
     run = prepare(Scorer(model, logits), opts, acc, data=Loader(list(packs), shuffle=False, ahead=0), objective=sft_objective(processor, t.z_loss), size=size,
                   schedule=lambda step: 1., steps=1, packs=len(packs), clip=t.clip)
+    if t.ema: EMA(t.ema).on_start(run)
     run.scorer.train()
     return run
 
@@ -61,7 +64,7 @@ def tensors(
     run:Run, # with a step behind it
 )->dict[str, list[Tensor]]: # kind -> what is held between steps
     "What stays from step to step."
-    state = [x for o in run.optimizers for s in o.state.values() for x in s.values() if torch.is_tensor(x)]
+    state = [*run.kept.get('ema', {}).values()] + [x for o in run.optimizers for s in o.state.values() for x in s.values() if torch.is_tensor(x)]
     given = [x for p in run.data.packs for x in (p.input_ids, p.position_ids, p.source, p.target, p.weight, p.at, *p.media.values(), *p.extras.values())]
     return {'weights': [*run.model.parameters(), *run.model.buffers()], 'optimiser': state, 'inputs': given}
 
@@ -200,6 +203,11 @@ class Ledger:
     def claim(self, xs:Iterable[Tensor], kind:str, always:bool=False): # these are of a kind; always: from the beginning to the end
         for x in xs: self.enter(x).update({'kind': kind} | ({'born': 0} if always else {}))
 
+    def aside(self, x:Tensor)->Tensor: # a copy that lies elsewhere: of no kind
+        y = x.clone()
+        self.claim([y], '')
+        return y
+
     def where(self)->str: # which node of the backward pass, or which module
         if torch._C._current_graph_task_id() == -1: return self.place
         node = torch._C._current_autograd_node()
@@ -212,7 +220,7 @@ def timeline(
 )->np.ndarray: # bytes, [kinds, moments]
     "Bytes of every kind that are held at each moment."
     change = np.zeros((len(KINDS), time + 2), dtype=np.int64)
-    for e in entries:
+    for e in (e for e in entries if e['kind']):
         row = change[KINDS.index(e['kind'])]
         row[e['born']] += e['bytes']
         if e['died'] is not None and e['born']: row[e['died']] -= e['bytes']
@@ -290,13 +298,13 @@ def trace(
     packs:list, # of one step
     recipe:SFTRecipe, # its `adapter` and `train`
     processor=None, # of the model; tells kinds of tokens
-    checkpointing:bool=False, # layers are computed again in the backward pass
     logits:int=2**25, # that the head may hold at once
 )->Trace: # of a step that is not the first
     "What a training step will hold, without holding it."
     with torch.device('meta'): model = trainable(hollow(model), recipe)
-    if checkpointing: model.gradient_checkpointing_enable()
-    ledger, mode = Ledger(), Ghosts()
+    ledger, mode, t = Ledger(), Ghosts(), recipe.train
+    if t.checkpointing: recompute(model)
+    if t.offload: offload(model, send=ledger.aside, fetch=lambda x, device: x.clone())
     ghosts = lambda x: {k: ghosts(v) for k, v in x.items()} if isinstance(x, dict) else mode.like(x) if x.is_floating_point() else x
     packs = [replace(p, weight=ghosts(p.weight), media=ghosts(p.media), extras=ghosts(p.extras)) for p in packs]
     with Lists(), mode: return follow(job(swapped(model, mode.like), packs, recipe, processor, logits), mode, ledger)
@@ -333,7 +341,8 @@ def key(
     t, config = recipe.train, model.config.to_json_string() + str(model.config._attn_implementation)
     inputs = [[k, note(x)] for p in packs for k, x in {**vars(p), **p.media, **p.extras, **vars(p.plan)}.items() if isinstance(x, Tensor)]
     parts = [config, [(n, *note(p)) for n, p in model.named_parameters()], inputs, asdict(recipe.adapter),
-             [t.optimizer, t.precision, t.clip, t.freeze, t.z_loss], more, [version(x) for x in ('torch', 'transformers', 'peft', 'omnilab')]]
+             [t.optimizer, t.precision, t.clip, t.freeze, t.z_loss, t.checkpointing, t.offload, t.ema > 0], more,
+             [version(x) for x in ('torch', 'transformers', 'peft', 'omnilab')]]
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
 
 def remembered(
@@ -342,14 +351,13 @@ def remembered(
     packs:list, # of one step
     recipe:SFTRecipe, # its `adapter` and `train`
     processor=None, # of the model
-    checkpointing:bool=False, # layers are computed again in the backward pass
     logits:int=2**25, # that the head may hold at once
 )->Trace: # read, or made and written
     "`trace`, kept in a folder."
     model = hollow(model)
-    path = Path(folder)/f'{key(model, packs, recipe, type(processor).__name__, checkpointing, logits)}.json'
+    path = Path(folder)/f'{key(model, packs, recipe, type(processor).__name__, logits)}.json'
     if path.is_file(): return Trace.load(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    t = trace(model, packs, recipe, processor, checkpointing, logits)
+    t = trace(model, packs, recipe, processor, logits)
     t.save(path)
     return t

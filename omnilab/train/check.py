@@ -24,7 +24,7 @@ from ..metrics.tasks import html_table, text_table
 from ..models.load import capabilities, limits
 from ..objectives.exact import Finding, by_part, check_forest, draw_findings, far, fresh, gradients, in_rows, packed, within
 from ..objectives.score import Scorer
-from .loop import reach
+from .reach import reach
 
 # %% ../../nbs/train/08_check.ipynb #8b7d070f
 def talk(name:str, *texts)->Sample: # who speaks changes with each

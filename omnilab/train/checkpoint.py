@@ -132,7 +132,7 @@ def snapshot(
         raise NotImplementedError(f'checkpoints of sharded runs ({run.accelerator.distributed_type}) are not written yet')
     scaler = run.accelerator.scaler
     state = {'step': run.step, 'optimizers': [o.state_dict() for o in run.optimizers], 'scaler': scaler.state_dict() if scaler else None}
-    return state | {'data': run.data.state_dict(), 'rng': gather_object([rng_state()])}
+    return state | {'data': run.data.state_dict(), 'kept': run.kept, 'rng': gather_object([rng_state()])}
 
 def save(
     run:Run, # between two steps
@@ -179,7 +179,7 @@ def resume(
     for o, s in zip(run.optimizers, state['optimizers'], strict=True): o.load_state_dict(s)
     if state['scaler']: run.accelerator.scaler.load_state_dict(state['scaler'])
     run.data.load_state_dict(state['data'])
-    run.step = state['step']
+    run.step, run.kept = state['step'], state['kept']
     go_on(state['rng'], run.accelerator)
     return path
 

@@ -49,9 +49,11 @@ from ..models.processor import OmniProcessor, build_tokenizer, image_pixels, log
 from ..objectives.score import Scorer
 from ..objectives.sft import sft_objective, size
 from ..settings import settings
-from .callbacks import MetricsFile, ModalityGap, Progress, TensorBoard, TokenDiversity
+from .callbacks import MetricsFile, ModalityGap, Progress, TokenDiversity
 from .checkpoint import Checkpoint, resume
-from .loop import accelerator, fits, optimizers, prepare, schedule, train
+from .loop import accelerator, prepare, train
+from .optim import fits, optimizers, schedule
+from .share import Tracker
 from .recipe import Count, Share, Size, TrainArgs, Whole, command, opt, to_yaml
 
 # %% ../../nbs/train/09_pretrain.ipynb #352dd0b5
@@ -411,7 +413,7 @@ def stage(
     facts = asdict(recipe)
     if recipe.resume: resume(run, out/'checkpoints', facts, FREE)
     train(run, [ModalityGap(held_out, 50), TokenDiversity(50), Progress(t.max_length), MetricsFile(out/'metrics.jsonl'),
-                *([TensorBoard(out/'tensorboard')] if t.tracker == 'tensorboard' else []), *callbacks,
+                *([Tracker(t.tracker, out)] if t.tracker != 'none' else []), *callbacks,
                 Checkpoint(out/'checkpoints', facts, t.save_every, t.keep)])
     return run, processor
 

@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['check_rows', 'check', 'load_model', 'part_of', 'trainable', 'towers_of', 'towered', 'choose', 'answers', 'company',
            'made_by', 'prepare_run', 'default_callbacks', 'sft_metrics', 'identity', 'save_model', 'Result', 'prove',
-           'run', 'begin', 'render', 'peak_memory', 'dry_run', 'main']
+           'run', 'finish', 'begin', 'render', 'peak_memory', 'dry_run', 'main']
 
-# %% ../../nbs/train/06_sft.ipynb #7287b313
-import dataclasses, resource, shutil, sys
+# %% ../../nbs/train/06_sft.ipynb #3d19b0b3
+import dataclasses, re, resource, shutil, sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from .feed import describe_packs, feed, files, fingerprint, glance, plan_packs, read_files, read_packs, told_of, with_system
-from .recipe import FREE, RecipeError, SFTRecipe, command, to_yaml
+from .recipe import FREE, TRACKERS, RecipeError, SFTRecipe, command, to_yaml
 
-# %% ../../nbs/train/06_sft.ipynb #41006414
+# %% ../../nbs/train/06_sft.ipynb #7355c9f3
 def check_rows(
     option:str, # where it is written
     path:str, # rows, or a card's name; '': none
@@ -33,7 +34,7 @@ def check_rows(
     if not example.document and not example.kinds('assistant'):
         raise RecipeError(f'{option} = {path!r}: its rows hold no answer to learn ({", ".join(c.tasks)}); expected a card whose rows do')
 
-# %% ../../nbs/train/06_sft.ipynb #9ebe49fb
+# %% ../../nbs/train/06_sft.ipynb #39ef5fbf
 def check(
     recipe:SFTRecipe, # from the command line, or made in a notebook
     rows:bool=True, # it must name its rows; False: packs are given
@@ -55,10 +56,16 @@ def check(
         raise RecipeError(f'model.quantize = {recipe.model.quantize!r} with adapter.kind = \'none\': quantised weights cannot move; expected an adapter')
     if recipe.train.optimizer in ('galore', 'qgalore', 'apollo') and recipe.adapter.kind != 'none':
         raise RecipeError(f'train.optimizer = {recipe.train.optimizer!r} with adapter.kind = {recipe.adapter.kind!r}: adapters are small; expected none')
+    if (t := recipe.train.tracker) != 'none' and not find_spec(TRACKERS[t]):
+        here = ', '.join(k for k in TRACKERS if find_spec(TRACKERS[k]))
+        raise RecipeError(f'train.tracker = {t!r}: its package ({TRACKERS[t]}) is not installed; expected one of none, {here}')
+    if recipe.push_to and not re.fullmatch(r'[\w.-]+/[\w.-]+', recipe.push_to):
+        raise RecipeError(f'push_to = {recipe.push_to!r}: expected a name such as me/model')
+    if recipe.train.patience and not recipe.train.eval_every: raise RecipeError('train.patience: nothing is evaluated; expected train.eval_every')
     if not recipe.train.steps and not recipe.train.epochs: raise RecipeError('train.steps and train.epochs are both 0; expected one of them')
     return recipe
 
-# %% ../../nbs/train/06_sft.ipynb #55f10889
+# %% ../../nbs/train/06_sft.ipynb #c2bb3bdc
 def load_model(
     recipe:SFTRecipe, # its `model`
 ): # models.load.Loaded: model, processor, name
@@ -71,7 +78,7 @@ def load_model(
     loaded = load(m.name, dtype=m.dtype, attn=m.attention, quantize=m.quantize, **where)
     return dataclasses.replace(loaded, processor=configure(loaded.processor, **asdict(recipe.media)))
 
-# %% ../../nbs/train/06_sft.ipynb #907ac69c
+# %% ../../nbs/train/06_sft.ipynb #40e6842b
 def part_of(
     model, # plain or with adapters
 )->Callable[[str], str]: # name of a parameter -> vision, audio, projector, language or head
@@ -85,14 +92,14 @@ def trainable(
     recipe:SFTRecipe, # its `adapter` and `train.freeze`
 ): # the model to train: the same, or one with adapters that shares its weights
     "Choose what moves."
-    from omnilab.train.loop import freeze
+    from omnilab.train.optim import freeze
     from omnilab.tune.adapters import adapt
     a = recipe.adapter
     if a.kind != 'none': model = adapt(model, a.kind, a.r, a.alpha, a.dropout, a.targets, tuple(a.save), recipe.train.seed)
     else: model.requires_grad_(True)
     return freeze(model, recipe.train.freeze, part_of(model))
 
-# %% ../../nbs/train/06_sft.ipynb #51b58257
+# %% ../../nbs/train/06_sft.ipynb #bb78ce1c
 def towers_of(
     model, # as it will be trained
     loaded, # model and processor
@@ -120,7 +127,7 @@ def towered(
     try: return through(rows, towers_of(trainable(loaded.model, recipe), loaded, recipe), settings.paths.cache if recipe.data.cache else None, recipe.data.full)
     except TowerError as e: raise RecipeError(f'data.towers: {e}') from None
 
-# %% ../../nbs/train/06_sft.ipynb #9012836a
+# %% ../../nbs/train/06_sft.ipynb #c38efc67
 def choose(
     samples, # held-out rows
     n:int, # how many; 0: all
@@ -146,7 +153,7 @@ def answers(
         return {'mean': scores.mean, **{t: row['score'] for t, row in scores.table.items()}}
     return look
 
-# %% ../../nbs/train/06_sft.ipynb #f0675d48
+# %% ../../nbs/train/06_sft.ipynb #b4e83b35
 def company(
     loaded, # model and processor
     packs, # what to learn from; None: a stream
@@ -164,7 +171,7 @@ def company(
     if packs is not None: return whole, (whole(h.load()) for h in {frozenset(h.media): h for h in handles(packs)}.values())
     return whole, (whole(collate(forest(encode(s, enc)))) for s in [Sample([Message('user', 'a'), Message('assistant', 'a')])])
 
-# %% ../../nbs/train/06_sft.ipynb #47fd41aa
+# %% ../../nbs/train/06_sft.ipynb #a591581f
 def made_by(
     packs, # what to learn from; None: a stream
     model, # as it will be trained
@@ -181,7 +188,7 @@ def made_by(
         raise RecipeError(f'the packs hold what towers made, but {why}')
     return [towers]
 
-# %% ../../nbs/train/06_sft.ipynb #8f3c0a11
+# %% ../../nbs/train/06_sft.ipynb #db608a6f
 def prepare_run(
     recipe:SFTRecipe, # what to do
     loaded, # model and processor
@@ -191,10 +198,14 @@ def prepare_run(
     from accelerate.utils import set_seed
     from omnilab.objectives.score import Scorer
     from omnilab.objectives.sft import sft_objective, size
-    from omnilab.train.loop import accelerator, optimizers, prepare, schedule
-    t = recipe.train
+    from omnilab.train.launch import refuse
+    from omnilab.train.loop import accelerator, prepare
+    from omnilab.train.optim import optimizers, schedule
+    from omnilab.train.spare import lighten
+    t, acc = recipe.train, accelerator(recipe.train.precision, recipe.train.device)
+    refuse(acc.distributed_type, recipe)
     set_seed(t.seed)
-    model, acc = trainable(loaded.model, recipe), accelerator(t.precision, t.device)
+    model = lighten(trainable(loaded.model, recipe), t, acc.device, acc.print)
     data = feed(recipe, loaded, packs, acc)
     steps = t.steps or data.steps(t.packs, t.epochs)
     low = {k: v for k, v in asdict(recipe.galore).items() if v is not None}
@@ -205,7 +216,7 @@ def prepare_run(
     return prepare(Scorer(model), opts, acc, probes, complete=whole, data=data, objective=sft_objective(loaded.processor, t.z_loss), size=size,
                    schedule=factor, steps=steps, packs=t.packs, clip=t.clip)
 
-# %% ../../nbs/train/06_sft.ipynb #1957c774
+# %% ../../nbs/train/06_sft.ipynb #2f32a209
 def default_callbacks(
     recipe:SFTRecipe, # what to watch and how often
     loaded, # its processor
@@ -217,13 +228,17 @@ def default_callbacks(
     "What a run is watched by."
     from omnilab.train import callbacks as c
     from omnilab.train.checkpoint import Checkpoint
+    from omnilab.train.share import Tracker
+    from omnilab.train.tricks import EMA, EarlyStop, Noise, on_average
     t, folder, few = recipe.train, Path(recipe.output), max(1, recipe.train.eval_every or 20)
-    out, watched = [c.TokenDiversity(few)], c.richest(test_packs or packs or [])
+    out, watched = [c.TokenDiversity(few)] + [EMA(t.ema)] * bool(t.ema) + [Noise(t.neftune, t.seed)] * bool(t.neftune), c.richest(test_packs or packs or [])
+    of = on_average if t.ema and t.ema_for != 'model' else lambda f: f
+    asked = answers(choose(test, recipe.data.eval_rows), loaded.processor, folder, recipe.data.max_new_tokens)
     if watched is not None: out.append(c.ModalityGap(watched, few))
-    if test_packs: out.append(c.Evaluate(c.held_out(test_packs, sft_metrics(loaded)), t.eval_every, 'test'))
-    if test: out.append(c.Evaluate(answers(choose(test, recipe.data.eval_rows), loaded.processor, folder, recipe.data.max_new_tokens), t.eval_every, 'answers'))
-    out += [*extra, c.Progress(t.max_length), c.MetricsFile(folder/'metrics.jsonl')]
-    if t.tracker == 'tensorboard': out.append(c.TensorBoard(folder/'tensorboard'))
+    if test_packs: out.append(c.Evaluate(of(c.held_out(test_packs, sft_metrics(loaded))), t.eval_every, 'test'))
+    if test: out.append(c.Evaluate(of(asked), t.eval_every, 'answers'))
+    out += [*extra, *[EarlyStop(t.watch, t.patience)] * bool(t.patience), c.Progress(t.max_length), c.MetricsFile(folder/'metrics.jsonl')]
+    if t.tracker != 'none': out.append(Tracker(t.tracker, folder))
     return [*out, Checkpoint(folder/'checkpoints', identity(recipe, packs), t.save_every, t.keep)]
 
 def sft_metrics(loaded)->Callable: # the objective, for held-out packs
@@ -233,7 +248,7 @@ def sft_metrics(loaded)->Callable: # the objective, for held-out packs
 def identity(recipe:SFTRecipe, packs)->dict: # what makes a run this run
     return {**asdict(recipe), 'data_fingerprint': fingerprint(packs) if packs is not None else {n: glance(p) for n, p in files(recipe).items()}}
 
-# %% ../../nbs/train/06_sft.ipynb #11ff9991
+# %% ../../nbs/train/06_sft.ipynb #29a4964c
 def save_model(
     run, # a finished run
     processor, # the model's
@@ -252,7 +267,7 @@ def save_model(
     else: whole = merge(run.model) if adapted else run.model
     return replace(folder/'model', lambda d: (whole.save_pretrained(d), processor.save_pretrained(d)))
 
-# %% ../../nbs/train/06_sft.ipynb #51b45747
+# %% ../../nbs/train/06_sft.ipynb #59d702e3
 @dataclass
 class Result:
     "A finished run."
@@ -266,7 +281,7 @@ class Result:
     def model(self): return self.run.model
     def __repr__(self): return f'{self.folder}: {self.run.step} steps, loss {self.run.metrics.get("loss", float("nan")):.3f}; {self.report}'
 
-# %% ../../nbs/train/06_sft.ipynb #f8683518
+# %% ../../nbs/train/06_sft.ipynb #3e0625ae
 def prove(
     loaded, # model and processor
     packs, # what is to be learned: of which modalities, taken and given
@@ -285,7 +300,7 @@ def prove(
     why = wrong.note or f'differs by {wrong.error:.1e}, and may by {wrong.limit:.1e}'
     raise ValueError(f'{report.name}: {wrong.what} ({wrong.part}): {why}; omnilab check {loaded.name} says all')
 
-# %% ../../nbs/train/06_sft.ipynb #ff8820aa
+# %% ../../nbs/train/06_sft.ipynb #6954f7cc
 def run(
     recipe:SFTRecipe, # what to do
     callbacks:Iterable=(), # to be told as well, see `train.callbacks`
@@ -298,33 +313,48 @@ def run(
     if packs is not None and (recipe.data.system or recipe.data.towers or any(asdict(recipe.media).values())):
         raise RecipeError('media, data.system or data.towers: the rows are packed already; expected them where they are read and loaded')
     from omnilab.data.cards import read_rows
-    from omnilab.forest.context import Encoder, own_system
     from omnilab.train.loop import train
-    from omnilab.train.report import report
     rows = read_files(recipe) if packs is None and not recipe.data.streaming else {}
     if test is None: test = read_rows(recipe.data.test, recipe.data.on_error) if recipe.data.test else []
+    if recipe.train.patience and not test: raise RecipeError('train.patience: nothing is evaluated; expected rows in data.test')
     test = with_system(test, recipe.data.system)
     loaded = loaded or load_model(recipe)
     if rows: packs = plan_packs(rows, loaded, recipe, towered)
     if recipe.check: prove(loaded, packs)
     test_packs = read_packs(test, loaded, recipe, towered) if test else []
     job, folder = prepare_run(recipe, loaded, packs), Path(recipe.output)
-    if not recipe.data.system and (said := own_system(Encoder(loaded.processor, loaded.model))):
-        job.accelerator.print(f'the chat template says {said!r} where a conversation has no system message (data.system says another)', file=sys.stderr)
-    begin(job, recipe, packs)
+    begin(job, recipe, packs, loaded)
     train(job, default_callbacks(recipe, loaded, packs, test, test_packs, callbacks))
-    if job.accelerator.is_main_process: save_model(job, loaded.processor, folder, recipe); report(folder)
-    job.accelerator.wait_for_everyone()
+    finish(job, recipe, loaded.processor)
     return Result(folder, job, loaded.processor, packs, folder/'report.html')
 
-# %% ../../nbs/train/06_sft.ipynb #6c77108f
+# %% ../../nbs/train/06_sft.ipynb #6adbaaa0
+def finish(
+    job, # a run at its end
+    recipe:SFTRecipe, # what made it
+    processor, # the model's
+):
+    "Model and report, in the run's folder and where else they are wanted."
+    from omnilab.train.report import report
+    from omnilab.train.share import push
+    from omnilab.train.tricks import put
+    folder = Path(recipe.output)
+    if recipe.train.ema and recipe.train.ema_for != 'evaluation': put(job.model, job.kept['ema'])
+    if job.accelerator.is_main_process:
+        save_model(job, processor, folder, recipe); report(folder)
+        if recipe.push_to: print(push(folder, recipe.push_to), file=sys.stderr)
+    job.accelerator.wait_for_everyone()
+
+# %% ../../nbs/train/06_sft.ipynb #b9414000
 def begin(
     job, # a prepared run
     recipe:SFTRecipe, # what made it
     packs, # what it learns from; None: a stream
+    loaded, # model and processor
 ):
     "Write down what the run is, or go on with it where it stopped."
     import json
+    from omnilab.forest.context import Encoder, own_system
     from omnilab.train.checkpoint import checkpoints, resume
     folder = Path(recipe.output)
     if (old := checkpoints(folder/'checkpoints')) and not recipe.resume:
@@ -334,9 +364,11 @@ def begin(
         folder.mkdir(parents=True, exist_ok=True)
         (folder/'recipe.yaml').write_text(to_yaml(recipe))
         if packs is not None: (folder/'packs.json').write_text(json.dumps(describe_packs(packs), ensure_ascii=False))
-    for line in told_of(packs): job.accelerator.print(line, file=sys.stderr)
+    told, said = told_of(packs), not recipe.data.system and own_system(Encoder(loaded.processor, loaded.model))
+    if said: told.append(f'the chat template says {said!r} where a conversation has no system message (data.system says another)')
+    for line in told: job.accelerator.print(line, file=sys.stderr)
 
-# %% ../../nbs/train/06_sft.ipynb #8b3f145e
+# %% ../../nbs/train/06_sft.ipynb #45d0f7b1
 def render(
     row, # forest.tree.Row
     tokenizer, # the processor's
@@ -357,7 +389,7 @@ def render(
         return text
     return {'prompt': words(row.ids[~row.target].tolist()), 'trained': words(row.ids[row.target].tolist())}
 
-# %% ../../nbs/train/06_sft.ipynb #bf198568
+# %% ../../nbs/train/06_sft.ipynb #fd58ddb2
 def peak_memory()->dict[str, float]: # GiB
     "The most that this process has held, and a CUDA device for it."
     import torch
@@ -365,7 +397,7 @@ def peak_memory()->dict[str, float]: # GiB
     used = {'process': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
     return used | ({'cuda': torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {})
 
-# %% ../../nbs/train/06_sft.ipynb #6c4d2702
+# %% ../../nbs/train/06_sft.ipynb #ee6a35b8
 def dry_run(
     recipe:SFTRecipe, # what would be done
     rows:int=3, # that are shown
@@ -391,7 +423,7 @@ def dry_run(
     for r in [r for p in shown for r in p.rows][:rows]: lines += ['', f'row {r.origin}', *(f'  {k:8} {v}' for k, v in render(r, tokenizer).items())]
     return '\n'.join(lines + told_of(packs))
 
-# %% ../../nbs/train/06_sft.ipynb #9d65f1af
+# %% ../../nbs/train/06_sft.ipynb #fc2c5061
 def main(
     argv:list[str]|None=None, # words of the command line; None: this program's
     name:str='python -m omnilab.train.sft', # how it is called
@@ -406,5 +438,5 @@ def main(
     result.run.accelerator.print(result)
     return result
 
-# %% ../../nbs/train/06_sft.ipynb #33748e21
+# %% ../../nbs/train/06_sft.ipynb #a114c324
 if __name__ == '__main__' and '__file__' in globals(): main()
