@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['RACY', 'WHERE', 'LIBRARIES', 'CODE', 'Names', 'plain', 'saved', 'code', 'installed', 'facts', 'fingerprint', 'number',
-           'key_of', 'Cache', 'Writer', 'Encoded', 'skeleton', 'Facts', 'deal', 'Maker', 'begin', 'work',
-           'without_main', 'by_workers', 'ranks', 'paths', 'Job', 'rest', 'encode_once', 'inventory', 'remove',
+           'key_of', 'Cache', 'Writer', 'Encoded', 'skeleton', 'Facts', 'deal', 'Maker', 'terms', 'maker_of', 'begin',
+           'work', 'without_main', 'by_workers', 'ranks', 'paths', 'Job', 'rest', 'encode_once', 'inventory', 'remove',
            'verify']
 
-# %% ../../nbs/forest/11_cache.ipynb #480d0df3
+# %% ../../nbs/forest/11_cache.ipynb #b156d79c
 import hashlib, inspect, json, multiprocessing, os, sys, tempfile, threading, time, warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -40,7 +40,7 @@ from .shards import FORMAT, BrokenShard, Shard, put, shard_bytes, sweep
 from .tree import Row
 from ..settings import settings
 
-# %% ../../nbs/forest/11_cache.ipynb #26380f72
+# %% ../../nbs/forest/11_cache.ipynb #ff214685
 RACY = 2_000_000_000     # nanoseconds in which a file may change without its times showing it
 
 @dataclass
@@ -82,7 +82,7 @@ class Names:
         put(self.folder, 'media', save(dict(paths=tables['paths'], hash=tables['hash'].view(-1, 32), stat=stat)))
         self.new = {}
 
-# %% ../../nbs/forest/11_cache.ipynb #ee2e8fbd
+# %% ../../nbs/forest/11_cache.ipynb #6a56a8d5
 WHERE = {'name_or_path', '_name_or_path', 'is_local', 'local_files_only', 'transformers_version', 'architectures', 'dtype', 'torch_dtype',
          '_attn_implementation_internal', '_attn_implementation', 'attn_implementation'}     # where something comes from, or how it computes
 LIBRARIES = 'torch', 'torchvision', 'transformers', 'tokenizers', 'numpy', 'pillow', 'soundfile', 'scipy', 'av'     # which change bits
@@ -106,7 +106,7 @@ def saved(
             found[str(p.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
 
-# %% ../../nbs/forest/11_cache.ipynb #a9c3a8d1
+# %% ../../nbs/forest/11_cache.ipynb #37dab455
 def code(
     *things, # objects whose classes count, or modules
 )->str: # hash of their source
@@ -127,7 +127,7 @@ def installed(name:str)->str: # version of a library
     try: return version(name)
     except PackageNotFoundError: return ''
 
-# %% ../../nbs/forest/11_cache.ipynb #a6951323
+# %% ../../nbs/forest/11_cache.ipynb #96a343cb
 def facts(
     enc:Encoder, # with its processor and model
 )->dict: # as JSON
@@ -147,7 +147,7 @@ def fingerprint(
     "One word for an encoder."
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-# %% ../../nbs/forest/11_cache.ipynb #c4df7142
+# %% ../../nbs/forest/11_cache.ipynb #62a7fdc9
 def number(x): # of numpy, as JSON takes it
     if isinstance(x, np.generic): return x.item()
     if isinstance(x, np.ndarray): return [x.dtype.str, x.tolist()]
@@ -171,7 +171,7 @@ def key_of(
     except (TypeError, MediaError): return None, ()                        # encoding will say what is wrong with a medium
     return hashlib.blake2b(text.encode(), digest_size=16).digest(), tuple(seen)
 
-# %% ../../nbs/forest/11_cache.ipynb #0296826e
+# %% ../../nbs/forest/11_cache.ipynb #3aa5b5fc
 class Cache:
     "What a folder holds for one encoder."
     def __init__(self, folder:Path, encoder:str):
@@ -190,7 +190,7 @@ class Cache:
                 continue
             self.where.update((k, (s, i)) for i, k in enumerate(s.keys))
 
-# %% ../../nbs/forest/11_cache.ipynb #2bcea001
+# %% ../../nbs/forest/11_cache.ipynb #6df22bf8
 @dataclass
 class Writer:
     "Collects rows and writes them, a shard at a time."
@@ -224,7 +224,7 @@ class Writer:
             warnings.warn(f'{self.why}, the rows of this run stay in memory')
         self.kept |= rows
 
-# %% ../../nbs/forest/11_cache.ipynb #ff3180be
+# %% ../../nbs/forest/11_cache.ipynb #792fdfd7
 class Encoded(Sequence):
     "Rows of a data set in the order of its samples, each read when it is asked for."
     def __init__(self, samples, found, enc, which, problems=(), misses=0): # found: of each sample (Shard, place), rows, or nothing
@@ -257,7 +257,7 @@ class Encoded(Sequence):
 
     def __getstate__(self): return self.__dict__ | {'enc': None}       # another process gets rows, no model
 
-# %% ../../nbs/forest/11_cache.ipynb #1095d649
+# %% ../../nbs/forest/11_cache.ipynb #d1c4ef16
 def skeleton(
     model:nn.Module|None, # any
 )->nn.Module|None: # of the same class with the same plain attributes, and nothing in it
@@ -282,7 +282,7 @@ class Facts:
         if model is None or isinstance(model, Facts): return model
         return cls(model.config, getattr(model, 'generation_config', None), model.dtype, skeleton(getattr(rope_index(model), '__self__', None)))
 
-# %% ../../nbs/forest/11_cache.ipynb #288db647
+# %% ../../nbs/forest/11_cache.ipynb #907ee37a
 def deal(
     todo:list[int], # samples
     heads:list[tuple], # media of every sample
@@ -296,7 +296,7 @@ def deal(
         out[-1] += g
     return out
 
-# %% ../../nbs/forest/11_cache.ipynb #43852fca
+# %% ../../nbs/forest/11_cache.ipynb #9fe6843c
 @dataclass
 class Maker:
     "Encodes samples into a cache."
@@ -316,17 +316,34 @@ class Maker:
         self.writer.flush()
         return self.writer.why
 
+# %% ../../nbs/forest/11_cache.ipynb #8affd7ad
+def terms(
+    maker:Maker, # in this process
+)->tuple: # for `maker_of`, in another
+    "What a maker is made of."
+    w = maker.writer
+    return maker.enc.processor, Facts.of(maker.enc.model), maker.which, maker.stop, w.folder, w.encoder, w.about
+
+def maker_of(
+    processor, # and the others of `terms`
+    known:Facts|None,
+    which:str,
+    stop:bool,
+    *writer,
+)->Maker:
+    "A maker that has a process for itself."
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+    torch.set_num_threads(1)
+    return Maker(Encoder(processor, known), which, Writer(*writer), stop)
+
 def begin(*made): # in a new process, which ends with the one that began it
     global MAKER
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    os.environ['TOKENIZERS_PARALLELISM'] = 'false'
-    torch.set_num_threads(1)
-    processor, known, which, stop, *writer = made
-    MAKER = Maker(Encoder(processor, known), which, Writer(*writer), stop)
+    MAKER = maker_of(*made)
 
 def work(*chunk)->str: return MAKER.make(*chunk)       # in a process that has begun
 
-# %% ../../nbs/forest/11_cache.ipynb #0de16c53
+# %% ../../nbs/forest/11_cache.ipynb #01fe6bcd
 @contextmanager
 def without_main():
     "Processes that start here don't import the program that starts them."
@@ -343,9 +360,7 @@ def by_workers(
     told:Callable[[int], None], # called with the number of samples that are done
 ):
     "Let processes make chunks; what they leave is the caller's."
-    w = maker.writer
-    made = maker.enc.processor, Facts.of(maker.enc.model), maker.which, maker.stop, w.folder, w.encoder, w.about
-    pool = ProcessPoolExecutor(min(n, len(chunks)), multiprocessing.get_context('spawn'), begin, made)
+    pool = ProcessPoolExecutor(min(n, len(chunks)), multiprocessing.get_context('spawn'), begin, terms(maker))
     try:
         with without_main(): jobs = {pool.submit(work, *c): len(c[0]) for c in chunks}
         for j in as_completed(jobs):
@@ -355,14 +370,14 @@ def by_workers(
         warnings.warn(f'a process that encodes ended ({" ".join(str(e).split())}); what it left is encoded here')
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/forest/11_cache.ipynb #20c621b2
+# %% ../../nbs/forest/11_cache.ipynb #bfc3c000
 def ranks()->tuple[int, int, Callable[[], None]]: # this one, how many, and a function that waits for all
     "The processes of a run."
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1: return 0, 1, lambda: None
     group = dist.new_group(backend='gloo', timeout=timedelta(days=7))
     return dist.get_rank(), dist.get_world_size(), lambda: dist.barrier(group)
 
-# %% ../../nbs/forest/11_cache.ipynb #7a3569c4
+# %% ../../nbs/forest/11_cache.ipynb #dc89cd4c
 def paths(sample:Sample)->list[str]: # files that it names
     return [p.value for p in sample.parts if p.type in MEDIA and isinstance(p.value, str) and not is_uri(p.value)]
 
@@ -394,19 +409,19 @@ class Job:
         if world > 1: wait(); self.names.refresh()
         self.keys, self.heads = map(list, zip(*(key_of(s, self.which, self.cache.encoder, self.names) for s in self.samples)))
 
-    def share(self, rank:int, world:int, workers:int, stop:bool, told:Callable):
+    def share(self, rank:int, world:int, workers:int, stop:bool, told:Callable, spread:Callable):
         "Make this rank's share of what is missing."
         todo = [i for i in self.missing if self.keys[i]]
         chunks = [c for c in deal(todo, self.heads, max(1, min(1024, len(todo) // (4 * max(1, workers) * world))))[rank::world] if c]
         named = lambda some: {p: self.names(p) for s in some for p in paths(s)}
         packed = [(some := [self.samples[i] for i in c], [self.keys[i] for i in c], named(some)) for c in chunks]
         maker = Maker(self.enc, self.which, self.writer, stop)
-        if workers and packed: return by_workers(workers, maker, packed, told)
+        if workers and packed: return spread(workers, maker, packed, told)
         for c in packed:
             if maker.make(*c): break
             told(len(c[0]))
 
-# %% ../../nbs/forest/11_cache.ipynb #a6f570cd
+# %% ../../nbs/forest/11_cache.ipynb #881ec447
 def rest(
     job:Job, # after all shares are made
     skip:bool, # samples that can't be encoded are listed
@@ -428,7 +443,7 @@ def rest(
     w.flush(); job.cache.refresh()
     return [alone.get(i) or job.cache.where.get(k) or w.kept.get(k) for i, k in enumerate(job.keys)], problems
 
-# %% ../../nbs/forest/11_cache.ipynb #a791ea1e
+# %% ../../nbs/forest/11_cache.ipynb #66ccb587
 def encode_once(
     samples:Iterable[Sample], # read more than once: anything but a sequence is made a list
     processor, # a processor or tokenizer with a chat template, or an `Encoder`
@@ -439,6 +454,7 @@ def encode_once(
     workers:int=0, # processes beside this one, on every rank
     progress:bool=False, # show a bar
     full:Literal['continue', 'raise']='continue', # what to do where nothing can be written
+    spread:Callable=by_workers, # who the workers are: processes of this machine, or of a [cluster](20_cluster.ipynb)
 )->Encoded: # rows in the order of the samples, the same for any number of processes
     "Every sample's rows; those in the cache are read from there."
     given = processor if isinstance(processor, Encoder) else Encoder(processor, model)
@@ -452,12 +468,12 @@ def encode_once(
     misses = len(job.missing)
     with tqdm(total=misses, desc='encode', unit='sample', disable=not progress or not misses) as bar:
         if workers or world > 1:
-            job.share(rank, world, workers, on_error == 'raise', bar.update)
+            job.share(rank, world, workers, on_error == 'raise', bar.update, spread)
             wait(); job.cache.refresh()
         found, problems = rest(job, on_error == 'skip', bar.update)
     return Encoded(samples, found, enc, turns, problems, misses)
 
-# %% ../../nbs/forest/11_cache.ipynb #31b02480
+# %% ../../nbs/forest/11_cache.ipynb #94a8d0d3
 def inventory(
     folder:str|Path, # of a cache
 )->list[dict]: # for each encoder: its name, processor, transformers, shards, samples, rows, tokens, bytes, newest
@@ -475,7 +491,7 @@ def inventory(
         for k in ('samples', 'rows', 'tokens'): row[k] += about.get(k, 0)
     return list(out.values())
 
-# %% ../../nbs/forest/11_cache.ipynb #fd3c1ed6
+# %% ../../nbs/forest/11_cache.ipynb #5d1b058b
 def remove(
     folder:str|Path, # of a cache
     encoder:str='', # its name, or a processor's; '': of all
