@@ -116,7 +116,7 @@ OFFLINE = "from omnilab.data import cards\ntry: cards.load({name!r}, streaming={
 HUB = 'expected a connection to the hub, or path='
 
 def test_a_recipe_names_cards(tmp_path, monkeypatch):
-    "Alone, in a mixture, held out, as a stream and to `prepare`: the rows are those that the hub would send, as samples."
+    "Alone, in a mixture, held out, as a stream, to `prepare` and to `eval`: the rows are those that the hub would send, as samples."
     import datasets
     from types import SimpleNamespace
     from omnilab.data import tables
@@ -143,6 +143,8 @@ def test_a_recipe_names_cards(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match='data.train = .gsm8k.: its rows hold no answer to learn'): recipe(train='gsm8k')
     found = prepare(PrepareRecipe('math_instruct', cache=False))
     assert found.ok and sum(found.kinds.values()) == len(rows)
+    from omnilab.train.evaluate import EvalRecipe, read_rows
+    assert [s.messages for s in read_rows(EvalRecipe(data='math_instruct', rows=4))] == wanted[:4]
 
 
 @pytest.mark.parametrize('name, streaming, says', [('gsm8k', False, HUB), ('gsm8k', True, HUB), ('captcha', False, 'known on modelscope only; expected path=')])

@@ -262,10 +262,11 @@ def read_rows(
     source, # what `samples.read` takes, or the name of a card
     on_error:str='raise', # 'raise' the first fault, or 'skip' faulty rows and list them
     check_media:bool|str=True, # True: look at headers; 'decode': decode everything; False: look at nothing
+    answer:bool=True, # whether every row of a file must hold an answer; of a data set, its card says so
 )->Samples: # `.problems` lists what was skipped
     "Read rows, or a public data set."
     if means(source): return load(str(source), on_error=on_error, check_media=check_media)
-    return read(source, on_error, check_media)
+    return read(source, on_error, check_media, answer)
 
 def stream_rows(
     source, # what `samples.stream` takes, or the name of a card

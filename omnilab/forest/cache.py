@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['RACY', 'WHERE', 'LIBRARIES', 'CODE', 'Names', 'plain', 'saved', 'code', 'installed', 'facts', 'fingerprint', 'number',
-           'key_of', 'Cache', 'Writer', 'Encoded', 'skeleton', 'Facts', 'deal', 'Maker', 'begin', 'work',
-           'without_main', 'by_workers', 'ranks', 'paths', 'Job', 'rest', 'encode_once', 'inventory', 'remove',
+           'key_of', 'Cache', 'Writer', 'Encoded', 'skeleton', 'Facts', 'deal', 'Maker', 'terms', 'maker_of', 'begin',
+           'work', 'without_main', 'by_workers', 'ranks', 'paths', 'Job', 'rest', 'encode_once', 'inventory', 'remove',
            'verify']
 
 # %% ../../nbs/forest/11_cache.ipynb #b156d79c
@@ -316,13 +316,30 @@ class Maker:
         self.writer.flush()
         return self.writer.why
 
+# %% ../../nbs/forest/11_cache.ipynb #8affd7ad
+def terms(
+    maker:Maker, # in this process
+)->tuple: # for `maker_of`, in another
+    "What a maker is made of."
+    w = maker.writer
+    return maker.enc.processor, Facts.of(maker.enc.model), maker.which, maker.stop, w.folder, w.encoder, w.about
+
+def maker_of(
+    processor, # and the others of `terms`
+    known:Facts|None,
+    which:str,
+    stop:bool,
+    *writer,
+)->Maker:
+    "A maker that has a process for itself."
+    os.environ['TOKENIZERS_PARALLELISM'] = 'false'
+    torch.set_num_threads(1)
+    return Maker(Encoder(processor, known), which, Writer(*writer), stop)
+
 def begin(*made): # in a new process, which ends with the one that began it
     global MAKER
     threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
-    os.environ['TOKENIZERS_PARALLELISM'] = 'false'
-    torch.set_num_threads(1)
-    processor, known, which, stop, *writer = made
-    MAKER = Maker(Encoder(processor, known), which, Writer(*writer), stop)
+    MAKER = maker_of(*made)
 
 def work(*chunk)->str: return MAKER.make(*chunk)       # in a process that has begun
 
@@ -343,9 +360,7 @@ def by_workers(
     told:Callable[[int], None], # called with the number of samples that are done
 ):
     "Let processes make chunks; what they leave is the caller's."
-    w = maker.writer
-    made = maker.enc.processor, Facts.of(maker.enc.model), maker.which, maker.stop, w.folder, w.encoder, w.about
-    pool = ProcessPoolExecutor(min(n, len(chunks)), multiprocessing.get_context('spawn'), begin, made)
+    pool = ProcessPoolExecutor(min(n, len(chunks)), multiprocessing.get_context('spawn'), begin, terms(maker))
     try:
         with without_main(): jobs = {pool.submit(work, *c): len(c[0]) for c in chunks}
         for j in as_completed(jobs):
@@ -394,14 +409,14 @@ class Job:
         if world > 1: wait(); self.names.refresh()
         self.keys, self.heads = map(list, zip(*(key_of(s, self.which, self.cache.encoder, self.names) for s in self.samples)))
 
-    def share(self, rank:int, world:int, workers:int, stop:bool, told:Callable):
+    def share(self, rank:int, world:int, workers:int, stop:bool, told:Callable, spread:Callable):
         "Make this rank's share of what is missing."
         todo = [i for i in self.missing if self.keys[i]]
         chunks = [c for c in deal(todo, self.heads, max(1, min(1024, len(todo) // (4 * max(1, workers) * world))))[rank::world] if c]
         named = lambda some: {p: self.names(p) for s in some for p in paths(s)}
         packed = [(some := [self.samples[i] for i in c], [self.keys[i] for i in c], named(some)) for c in chunks]
         maker = Maker(self.enc, self.which, self.writer, stop)
-        if workers and packed: return by_workers(workers, maker, packed, told)
+        if workers and packed: return spread(workers, maker, packed, told)
         for c in packed:
             if maker.make(*c): break
             told(len(c[0]))
@@ -439,6 +454,7 @@ def encode_once(
     workers:int=0, # processes beside this one, on every rank
     progress:bool=False, # show a bar
     full:Literal['continue', 'raise']='continue', # what to do where nothing can be written
+    spread:Callable=by_workers, # who the workers are: processes of this machine, or of a [cluster](20_cluster.ipynb)
 )->Encoded: # rows in the order of the samples, the same for any number of processes
     "Every sample's rows; those in the cache are read from there."
     given = processor if isinstance(processor, Encoder) else Encoder(processor, model)
@@ -452,7 +468,7 @@ def encode_once(
     misses = len(job.missing)
     with tqdm(total=misses, desc='encode', unit='sample', disable=not progress or not misses) as bar:
         if workers or world > 1:
-            job.share(rank, world, workers, on_error == 'raise', bar.update)
+            job.share(rank, world, workers, on_error == 'raise', bar.update, spread)
             wait(); job.cache.refresh()
         found, problems = rest(job, on_error == 'skip', bar.update)
     return Encoded(samples, found, enc, turns, problems, misses)

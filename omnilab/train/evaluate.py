@@ -7,7 +7,7 @@ __all__ = ['SUFFIX', 'AskArgs', 'EvalRecipe', 'InferRecipe', 'CheckRecipe', 'res
            'free_name', 'line_of', 'infer', 'main_infer', 'read_rows', 'score', 'keep', 'main', 'open_checked',
            'main_check']
 
-# %% ../../nbs/train/07_evaluate.ipynb #be3e4ec3
+# %% ../../nbs/train/07_evaluate.ipynb #74b2d4e1
 import json, sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Literal
 from ..settings import settings
 from .recipe import Count, ModelArgs, Share, Size, Whole, command, opt, to_yaml
 
-# %% ../../nbs/train/07_evaluate.ipynb #bee68789
+# %% ../../nbs/train/07_evaluate.ipynb #a6148da5
 @dataclass
 class AskArgs:
     "How answers are generated."
@@ -30,13 +30,13 @@ class EvalRecipe:
     "Score a model on rows with answers, by generation, task by task."
     model:ModelArgs = field(default_factory=ModelArgs)
     ask:AskArgs = field(default_factory=AskArgs)
-    data:str = opt('', 'rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files, a folder, or hf:NAME of the hub')
+    data:str = opt('', 'rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files, a folder, hf:NAME of the hub, or a card (omnilab data list)')
     rows:Whole = opt(0, 'rows to ask, from the beginning of the file; 0: all')
     on_error:str = opt('raise', "raise or skip: a row that can't be read or asked ends the program, or is skipped, counted and listed")
     adapter:str = opt('', 'folder of an adapter to put on the model')
     output:str = opt('', 'folder for scores.json and the recipe; empty: only printed')
 
-# %% ../../nbs/train/07_evaluate.ipynb #493c943b
+# %% ../../nbs/train/07_evaluate.ipynb #cb40a805
 @dataclass
 class InferRecipe:
     "Put one question to a model: text, images, sounds and clips in; text, boxes, images and sounds out."
@@ -59,7 +59,7 @@ class CheckRecipe:
     adapter:str = opt('', 'folder of an adapter to put on the model, with --weights')
     device:Literal['auto', 'cpu', 'cuda', 'mps'] = opt(settings.train.device, 'auto: an accelerator if there is one')
 
-# %% ../../nbs/train/07_evaluate.ipynb #bc847415
+# %% ../../nbs/train/07_evaluate.ipynb #2e8f73a2
 def resolve_adapter(
     name:str, # of a model, or the folder of an adapter
     adapter:str='', # folder of an adapter
@@ -71,7 +71,7 @@ def resolve_adapter(
     if not base: raise ValueError(f'{file}: it names no model; expected the model with --model.name and the adapter with --adapter')
     return base, name
 
-# %% ../../nbs/train/07_evaluate.ipynb #c33f2d6a
+# %% ../../nbs/train/07_evaluate.ipynb #759890e7
 def open_model(
     args:ModelArgs, # name, type of the weights, attention
     adapter:str='', # folder of an adapter
@@ -92,7 +92,7 @@ def open_model(
     guard(m.model)
     return m
 
-# %% ../../nbs/train/07_evaluate.ipynb #77082007
+# %% ../../nbs/train/07_evaluate.ipynb #1a5d5b61
 def question(
     recipe:InferRecipe, # what is asked
 )->list: # of `Message`
@@ -105,7 +105,7 @@ def question(
     if not parts: raise ValueError('nothing is asked; expected --text, --image, --audio or --video')
     return [Message('system', recipe.system)] * bool(recipe.system) + [Message('user', parts)]
 
-# %% ../../nbs/train/07_evaluate.ipynb #1da176c9
+# %% ../../nbs/train/07_evaluate.ipynb #acae1e9a
 SUFFIX = {'image': '.png', 'audio': '.wav', 'video': '.mp4'}
 
 def free_name(
@@ -133,7 +133,7 @@ def line_of(
     {'image': save_image, 'audio': save_audio, 'video': save_video}[part.type](part.value, path)
     return f'{part.type} {path}'
 
-# %% ../../nbs/train/07_evaluate.ipynb #046d6556
+# %% ../../nbs/train/07_evaluate.ipynb #b6b6f33f
 def infer(
     recipe:InferRecipe, # the model, the question, how to answer
 ): # Completion
@@ -157,21 +157,21 @@ def main_infer(
     except (ValueError, OSError) as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
     return done
 
-# %% ../../nbs/train/07_evaluate.ipynb #4aa1a061
+# %% ../../nbs/train/07_evaluate.ipynb #57762819
 def read_rows(
-    recipe:EvalRecipe, # the file, and what to do with bad rows
+    recipe:EvalRecipe, # the file or card, and what to do with bad rows
 ): # Samples
     "The rows to ask, their judges known."
-    from omnilab.data.samples import read
+    from omnilab.data import cards
     from omnilab.metrics.tasks import judge_of, world_judges
     if recipe.on_error not in ('raise', 'skip'): raise ValueError(f'on_error = {recipe.on_error!r}: expected raise or skip')
     if not recipe.data: raise ValueError('no rows to ask; expected --data FILE')
-    samples = read(recipe.data, recipe.on_error, answer=False)
+    samples = cards.read_rows(recipe.data, recipe.on_error, answer=False)
     samples = samples[:recipe.rows] if recipe.rows else samples
     for s in samples: judge_of(s, world_judges())
     return samples
 
-# %% ../../nbs/train/07_evaluate.ipynb #3dbd0079
+# %% ../../nbs/train/07_evaluate.ipynb #1123162f
 def score(
     recipe:EvalRecipe, # the model, the rows, how to ask
     progress:bool=True, # show a bar
@@ -186,7 +186,7 @@ def score(
     scores.recipe |= dict(model=m.name, data=recipe.data, skipped=[str(p) for p in samples.problems])
     return scores
 
-# %% ../../nbs/train/07_evaluate.ipynb #62c0273c
+# %% ../../nbs/train/07_evaluate.ipynb #f121d8ec
 def keep(
     scores, # of a finished evaluation
     recipe:EvalRecipe, # what made it
@@ -212,7 +212,7 @@ def main(
     except (ValueError, OSError) as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
     return scores
 
-# %% ../../nbs/train/07_evaluate.ipynb #e11962a8
+# %% ../../nbs/train/07_evaluate.ipynb #79348eae
 def open_checked(
     recipe:CheckRecipe, # what is asked
 ): # Loaded: a twin, or the model itself
@@ -241,5 +241,5 @@ def main_check(
     if not report.ok: sys.exit(1)
     return report
 
-# %% ../../nbs/train/07_evaluate.ipynb #bd716dcf
+# %% ../../nbs/train/07_evaluate.ipynb #91fae41d
 if __name__ == '__main__' and '__file__' in globals(): main()

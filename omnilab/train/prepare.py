@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['PrepareRecipe', 'Prepared', 'kind_of', 'encoded', 'look', 'histogram', 'told', 'prepare', 'draw_lengths', 'main']
 
-# %% ../../nbs/train/11_prepare.ipynb #03bd3b01
+# %% ../../nbs/train/11_prepare.ipynb #111dd51a
 import sys, warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 from ..data.parts import MEDIA
 from ..settings import settings
-from .recipe import Count, MediaArgs, Whole, command, opt
+from .recipe import Count, MediaArgs, Switch, Whole, command, opt
 
-# %% ../../nbs/train/11_prepare.ipynb #b8293cb5
+# %% ../../nbs/train/11_prepare.ipynb #f5bd2520
 @dataclass
 class PrepareRecipe:
     "Look at a data set: its rows, their lengths for a model, what they share, and everything that is wrong with it. Status 1 if something is."
@@ -26,11 +26,13 @@ class PrepareRecipe:
     system:str = opt('', 'said by the system at the beginning of every conversation that has no system message; empty: nothing')
     decode:bool = opt(False, 'decode all media now, which finds what a header hides')
     cache:bool = opt(True, 'keep the encoded rows (settings: paths.cache), where a run with the same options finds them')
-    workers:Whole = opt(0, 'processes that encode beside this one; 0: it does so itself')
+    workers:Whole = opt(0, 'processes that encode beside this one; 0: it does so itself, or, with ray, one a core')
+    ray:Switch = opt(False, 'a Ray cluster encodes: the one at HOST:PORT (its machines see media and cache by the same paths), or, without an address, '
+                     "this machine's cores")
     show:Count = opt(20, 'problems that are printed')
     media:MediaArgs = field(default_factory=MediaArgs)
 
-# %% ../../nbs/train/11_prepare.ipynb #ae012af0
+# %% ../../nbs/train/11_prepare.ipynb #5f369bb2
 @dataclass(repr=False)
 class Prepared:
     "What a data set holds."
@@ -59,19 +61,21 @@ def kind_of(
     text = f'{mix(sample.kinds("system", "user", "tool"))} → {mix(sample.kinds("assistant"))}'
     return text + ', better and worse' * bool(sample.rejected)
 
-# %% ../../nbs/train/11_prepare.ipynb #5bc75d2a
+# %% ../../nbs/train/11_prepare.ipynb #f7d79488
 def encoded(
     samples, # of a data set
     loaded, # processor, and model with or without weights
-    recipe:PrepareRecipe, # its `turns`, `cache` and `workers`
+    recipe:PrepareRecipe, # its `turns`, `cache`, `workers` and `ray`
 ): # rows whose media are not in memory, `Problem`s of samples that can't be encoded, and what the cache did
     "The tokens of every sample."
     from omnilab.forest.cache import Facts, encode_once
     from omnilab.forest.context import Encoder
     from omnilab.forest.encode import EncodeError, encode
-    model = Facts.of(loaded.model)
+    from omnilab.forest.cluster import encode_on_ray
+    model, how = Facts.of(loaded.model), dict(turns=recipe.turns, on_error='skip', workers=recipe.workers)
     if recipe.cache:
-        rows = encode_once(samples, loaded.processor, model, turns=recipe.turns, on_error='skip', workers=recipe.workers)
+        if recipe.ray: rows = encode_on_ray(samples, loaded.processor, model, address=recipe.ray, **how)
+        else: rows = encode_once(samples, loaded.processor, model, **how)
         return rows, rows.problems, f'{rows.misses:,} samples encoded, {rows.hits:,} read'
     enc, rows, bad = Encoder(loaded.processor, model), [], []
     for s in samples:
@@ -79,7 +83,7 @@ def encoded(
         except EncodeError as e: bad.append(e.problem)
     return rows, bad, ''
 
-# %% ../../nbs/train/11_prepare.ipynb #069e18b8
+# %% ../../nbs/train/11_prepare.ipynb #98bc271d
 def look(
     samples, # `data.samples.Samples`
     loaded, # processor, and model with or without weights
@@ -98,7 +102,7 @@ def look(
     return Prepared(recipe.data, loaded.name, Counter(map(kind_of, samples)), media, np.array([len(r) for r in rows], dtype=int),
                     sum(int(r.target.sum()) for r in rows), [r.origin for r in rows], shared, Problems([*samples.problems, *bad, *long]), kept, recipe.show)
 
-# %% ../../nbs/train/11_prepare.ipynb #964c2686
+# %% ../../nbs/train/11_prepare.ipynb #96162051
 def histogram(
     lengths, # array [n], n at least 1
     bars:int=8, # at most
@@ -112,7 +116,7 @@ def histogram(
     bar = lambda n: '█' * round(width * n / counts.max()) or '·' * bool(n)
     return [f'{low:>{wide},} – {high - 1:<{wide},} {bar(n):<{width}} {n:,}' for low, high, n in zip(edges, edges[1:], counts)]
 
-# %% ../../nbs/train/11_prepare.ipynb #8754d4ff
+# %% ../../nbs/train/11_prepare.ipynb #103ac7eb
 def told(
     p:Prepared, # what was found
 )->list[str]: # lines
@@ -132,24 +136,27 @@ def told(
     lines += [f'problems   {len(p.problems):,}', *(f'           {x}' for x in p.problems[:p.show])]
     return lines + ([f'           … and {len(p.problems) - p.show:,} more (--show)'] if len(p.problems) > p.show else [])
 
-# %% ../../nbs/train/11_prepare.ipynb #68a78a2e
+# %% ../../nbs/train/11_prepare.ipynb #e07e5844
 def prepare(
     recipe:PrepareRecipe, # what to look at
 )->Prepared:
     "Read a data set, encode it, and count."
     from omnilab.data.cards import means, read_rows
+    from omnilab.forest.cluster import reachable
     from omnilab.models.load import described
     from omnilab.models.options import configure
     from omnilab.train.feed import with_system
     if not recipe.data: raise ValueError('no rows to look at; expected FILE, or --data FILE')
     means(recipe.data)                                         # complains if it is neither rows nor a card
-    if recipe.workers and not recipe.cache: raise ValueError('--workers without the cache; expected --cache true, it is how processes share rows')
+    if not recipe.cache and (word := 'ray' if recipe.ray else 'workers' if recipe.workers else ''):
+        raise ValueError(f'--{word} without the cache; expected --cache true, it is how processes share rows')
+    if recipe.ray: reachable(recipe.ray)
     loaded = described(recipe.model, recipe.dtype)
     loaded.processor = configure(loaded.processor, **asdict(recipe.media))
     with warnings.catch_warnings(action='ignore'): samples = read_rows(recipe.data, 'skip', 'decode' if recipe.decode else True)
     return look(with_system(samples, recipe.system), loaded, recipe)
 
-# %% ../../nbs/train/11_prepare.ipynb #12a7a7e6
+# %% ../../nbs/train/11_prepare.ipynb #012eb417
 def draw_lengths(
     p:Prepared, # what was found
     ax, # matplotlib axes
@@ -161,7 +168,7 @@ def draw_lengths(
     ax.set(xlabel='tokens', ylabel='rows'); ax.legend(frameon=False)
     return ax
 
-# %% ../../nbs/train/11_prepare.ipynb #ffc9c3c6
+# %% ../../nbs/train/11_prepare.ipynb #99f69d33
 def main(
     argv:list[str]|None=None, # words of the command line; None: this program's
     name:str='omnilab prepare', # how it is called
