@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['next_opening', 'answer', 'turn', 'encode', 'draw_rows', 'encode_all', 'draw_positions']
 
-# %% ../../nbs/forest/08_encode.ipynb #9caf490a
+# %% ../../nbs/forest/08_encode.ipynb #94c54de8
 from dataclasses import replace
 from typing import Literal
 import torch
@@ -15,7 +15,7 @@ from .template import EncodeError, check_said, continuation, turns, until_stop
 from .tree import Row
 from tqdm.auto import tqdm
 
-# %% ../../nbs/forest/08_encode.ipynb #16dba08b
+# %% ../../nbs/forest/08_encode.ipynb #1f943262
 def next_opening(
     enc:Encoder, # with its processor
     sample:Sample, # a conversation
@@ -30,7 +30,7 @@ def next_opening(
     end, opening = full.split('</think>')[-1].strip().rpartition('\n')[2], text.partition(mark)[0]       # thoughts may go once more follows
     return enc.tokenize(opening[opening.rindex(end) + len(end):].lstrip(), False)[:1] if end and end in opening else []
 
-# %% ../../nbs/forest/08_encode.ipynb #b49eeda4
+# %% ../../nbs/forest/08_encode.ipynb #5d780f60
 def answer(
     enc:Encoder, # with its processor
     sample:Sample, # a conversation
@@ -51,7 +51,7 @@ def answer(
     if not enc.stops & {*ids}: ids = ids + [t for t in next_opening(enc, sample, k, full) if t in enc.stops]
     return until_stop(ids, enc.stops, enc.tokenizer, sample)
 
-# %% ../../nbs/forest/08_encode.ipynb #e5b5bdf3
+# %% ../../nbs/forest/08_encode.ipynb #f5213f5f
 def turn(
     enc:Encoder, # with its processor
     sample:Sample, # a conversation
@@ -61,13 +61,13 @@ def turn(
     c = prompt(enc, sample, k)
     new, n = answer(enc, sample, k, c.text), len(c.ids)
     ids, extras = torch.tensor(c.ids + new), {name: longer(v, len(new)) for name, v in c.extras.items()}
-    end = last_in(c.ids, enc.placeholders) or n if c.media else 0
+    end = last_in(c.ids, enc.placeholders) or n if c.keys else 0
     row = Row(ids, torch.arange(len(ids)) >= n, c.media, c.keys, end, count_on(c.positions, len(new)), extras, sample, enc.limits.steps)
     if row.span >= (most := enc.limits.row):
         raise EncodeError(sample, f'{row.span} positions; expected fewer than {most}, since dynamic rotary frequencies follow the longest row so far')
     return row
 
-# %% ../../nbs/forest/08_encode.ipynb #2d07b1f4
+# %% ../../nbs/forest/08_encode.ipynb #b71878cf
 def encode(
     sample:Sample, # a conversation
     processor, # a processor or tokenizer with a chat template, or an `Encoder`
@@ -85,7 +85,7 @@ def encode(
         except Exception as e: raise EncodeError(sample, f'{type(e).__name__}: {e}', f'messages[{k}]') from e
     return out
 
-# %% ../../nbs/forest/08_encode.ipynb #b3708936
+# %% ../../nbs/forest/08_encode.ipynb #6dda189e
 def draw_rows(
     tree, # forest.tree.Tree: rows that begin alike
     tokenizer, # to write its tokens
@@ -106,7 +106,7 @@ def draw_rows(
     ax.set(xlim=(0, width), ylim=(.6 - n, .6), xticks=[], yticks=range(0, -n, -1), yticklabels=[f'row {i + 1}' for i in range(n)])
     return ax
 
-# %% ../../nbs/forest/08_encode.ipynb #1edb4b89
+# %% ../../nbs/forest/08_encode.ipynb #2d85bed8
 def encode_all(
     samples, # samples, an iterable
     processor, # a processor or tokenizer with a chat template
@@ -125,7 +125,7 @@ def encode_all(
             problems.append(e.problem)
     return rows, problems
 
-# %% ../../nbs/forest/08_encode.ipynb #6b167c79
+# %% ../../nbs/forest/08_encode.ipynb #318f8c59
 def draw_positions(
     row:Row, # with positions of its own, or none
     ax, # matplotlib axes

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PrepareRecipe', 'Prepared', 'kind_of', 'encoded', 'look', 'histogram', 'told', 'prepare', 'draw_lengths', 'main']
 
-# %% ../../nbs/train/11_prepare.ipynb #03bd3b01
+# %% ../../nbs/train/11_prepare.ipynb #111dd51a
 import sys, warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +14,7 @@ from ..data.parts import MEDIA
 from ..settings import settings
 from .recipe import Count, MediaArgs, Whole, command, opt
 
-# %% ../../nbs/train/11_prepare.ipynb #b8293cb5
+# %% ../../nbs/train/11_prepare.ipynb #f5bd2520
 @dataclass
 class PrepareRecipe:
     "Look at a data set: its rows, their lengths for a model, what they share, and everything that is wrong with it. Status 1 if something is."
@@ -24,13 +24,14 @@ class PrepareRecipe:
     max_length:Whole = opt(0, 'tokens of a pack; longer rows are problems; 0: any length')
     turns:Literal['all', 'last'] = opt('all', "the assistant's turns that are learned")
     system:str = opt('', 'said by the system at the beginning of every conversation that has no system message; empty: nothing')
+    lengths:Literal['encoded', 'sizes'] = opt('encoded', 'sizes: a first look, as exact; headers of media tell, so nothing is encoded or kept')
     decode:bool = opt(False, 'decode all media now, which finds what a header hides')
     cache:bool = opt(True, 'keep the encoded rows (settings: paths.cache), where a run with the same options finds them')
     workers:Whole = opt(0, 'processes that encode beside this one; 0: it does so itself')
     show:Count = opt(20, 'problems that are printed')
     media:MediaArgs = field(default_factory=MediaArgs)
 
-# %% ../../nbs/train/11_prepare.ipynb #ae012af0
+# %% ../../nbs/train/11_prepare.ipynb #5f369bb2
 @dataclass(repr=False)
 class Prepared:
     "What a data set holds."
@@ -42,8 +43,9 @@ class Prepared:
     trained:int             # of these tokens
     origins:list            # place of every row, [n]
     shared:int              # tokens of the trees that the rows make
+    packs:tuple             # how many packs they need, and tokens that fit one; (): any length
     problems:list           # `Problems`
-    kept:str = ''           # what came from the cache and what went there
+    kept:str = ''           # what came from the cache and what went there, or how lengths were found without it
     show:int = 20           # problems that are printed
     @property
     def ok(self)->bool: return not self.problems
@@ -59,7 +61,7 @@ def kind_of(
     text = f'{mix(sample.kinds("system", "user", "tool"))} → {mix(sample.kinds("assistant"))}'
     return text + ', better and worse' * bool(sample.rejected)
 
-# %% ../../nbs/train/11_prepare.ipynb #5bc75d2a
+# %% ../../nbs/train/11_prepare.ipynb #f7d79488
 def encoded(
     samples, # of a data set
     loaded, # processor, and model with or without weights
@@ -69,7 +71,12 @@ def encoded(
     from omnilab.forest.cache import Facts, encode_once
     from omnilab.forest.context import Encoder
     from omnilab.forest.encode import EncodeError, encode
+    from omnilab.forest.lengths import lengths
     model = Facts.of(loaded.model)
+    if recipe.lengths == 'sizes':
+        found = lengths(samples, loaded.processor, model, recipe.turns, 'skip')
+        all_the_same = [f'{n:,} samples encoded for {why}' for why, n in found.decoded.items()]
+        return found.rows, found.problems, '; '.join(['lengths by sizes, nothing is kept', *all_the_same])
     if recipe.cache:
         rows = encode_once(samples, loaded.processor, model, turns=recipe.turns, on_error='skip', workers=recipe.workers)
         return rows, rows.problems, f'{rows.misses:,} samples encoded, {rows.hits:,} read'
@@ -79,7 +86,7 @@ def encoded(
         except EncodeError as e: bad.append(e.problem)
     return rows, bad, ''
 
-# %% ../../nbs/train/11_prepare.ipynb #069e18b8
+# %% ../../nbs/train/11_prepare.ipynb #98bc271d
 def look(
     samples, # `data.samples.Samples`
     loaded, # processor, and model with or without weights
@@ -88,17 +95,20 @@ def look(
     "Count what a data set holds."
     import numpy as np
     from omnilab.data.samples import Problem, Problems
+    from omnilab.forest.bins import pack
     from omnilab.forest.tree import forest
     most = recipe.max_length
     rows, bad, kept = encoded(samples, loaded, recipe)
     rows = list(rows)                                          # each is read once
     long = [Problem(r.origin, '', f'{len(r)} tokens; expected at most max_length={most}') for r in rows if most and len(r) > most]
     media = Counter(p.type for s in samples for p in s.parts if p.type in MEDIA)
-    shared = sum(map(len, forest(rows, max_length=most or None)))
+    trees = forest(rows, max_length=most or None)
+    packs = (len(pack(trees, most, 'skip')), most) if most else ()
     return Prepared(recipe.data, loaded.name, Counter(map(kind_of, samples)), media, np.array([len(r) for r in rows], dtype=int),
-                    sum(int(r.target.sum()) for r in rows), [r.origin for r in rows], shared, Problems([*samples.problems, *bad, *long]), kept, recipe.show)
+                    sum(int(r.target.sum()) for r in rows), [r.origin for r in rows], sum(map(len, trees)), packs,
+                    Problems([*samples.problems, *bad, *long]), kept, recipe.show)
 
-# %% ../../nbs/train/11_prepare.ipynb #964c2686
+# %% ../../nbs/train/11_prepare.ipynb #96162051
 def histogram(
     lengths, # array [n], n at least 1
     bars:int=8, # at most
@@ -112,7 +122,7 @@ def histogram(
     bar = lambda n: '█' * round(width * n / counts.max()) or '·' * bool(n)
     return [f'{low:>{wide},} – {high - 1:<{wide},} {bar(n):<{width}} {n:,}' for low, high, n in zip(edges, edges[1:], counts)]
 
-# %% ../../nbs/train/11_prepare.ipynb #8754d4ff
+# %% ../../nbs/train/11_prepare.ipynb #103ac7eb
 def told(
     p:Prepared, # what was found
 )->list[str]: # lines
@@ -126,13 +136,14 @@ def told(
         lines += [f'rows       {n:,}, one for each learned turn; {total:,} tokens, {p.trained / total:.0%} of them trained',
                   f'lengths    {low:,} least, {mid:,} median, {high:,} at 95%, {most:,} most', *(f'           {l}' for l in histogram(p.lengths)),
                   f'shared     {p.shared:,} tokens as trees, {1 - p.shared / total:.0%} less than as rows']
+        if p.packs: lines += [f'packs      {p.packs[0]:,} of {p.packs[1]:,} tokens']
         longest = np.argsort(-p.lengths, kind='stable')[:5]
         lines += [f'{"longest" if i == 0 else "":<11}{p.lengths[k]:,} tokens: {p.origins[k]}' for i, k in enumerate(longest)]
     lines += [f'cache      {p.kept}'] * bool(p.kept)
     lines += [f'problems   {len(p.problems):,}', *(f'           {x}' for x in p.problems[:p.show])]
     return lines + ([f'           … and {len(p.problems) - p.show:,} more (--show)'] if len(p.problems) > p.show else [])
 
-# %% ../../nbs/train/11_prepare.ipynb #68a78a2e
+# %% ../../nbs/train/11_prepare.ipynb #e07e5844
 def prepare(
     recipe:PrepareRecipe, # what to look at
 )->Prepared:
@@ -143,13 +154,14 @@ def prepare(
     from omnilab.train.feed import with_system
     if not recipe.data: raise ValueError('no rows to look at; expected FILE, or --data FILE')
     means(recipe.data)                                         # complains if it is neither rows nor a card
+    if recipe.workers and recipe.lengths == 'sizes': raise ValueError('--workers with --lengths sizes, which encodes nothing; expected one of them')
     if recipe.workers and not recipe.cache: raise ValueError('--workers without the cache; expected --cache true, it is how processes share rows')
     loaded = described(recipe.model, recipe.dtype)
     loaded.processor = configure(loaded.processor, **asdict(recipe.media))
     with warnings.catch_warnings(action='ignore'): samples = read_rows(recipe.data, 'skip', 'decode' if recipe.decode else True)
     return look(with_system(samples, recipe.system), loaded, recipe)
 
-# %% ../../nbs/train/11_prepare.ipynb #12a7a7e6
+# %% ../../nbs/train/11_prepare.ipynb #012eb417
 def draw_lengths(
     p:Prepared, # what was found
     ax, # matplotlib axes
@@ -161,7 +173,7 @@ def draw_lengths(
     ax.set(xlabel='tokens', ylabel='rows'); ax.legend(frameon=False)
     return ax
 
-# %% ../../nbs/train/11_prepare.ipynb #ffc9c3c6
+# %% ../../nbs/train/11_prepare.ipynb #99f69d33
 def main(
     argv:list[str]|None=None, # words of the command line; None: this program's
     name:str='omnilab prepare', # how it is called
