@@ -121,13 +121,13 @@ def load_audio(
 def peek_audio(
     src, # what `load_audio` takes
     limits:Limits|None=None, # from the settings by default
-)->dict: # rate, seconds
+)->dict: # rate, seconds, and samples where they are counted: not in a film
     "What a sound's header says."
-    if isinstance(src, Audio): return {'rate': src.rate, 'seconds': src.seconds}
+    if isinstance(src, Audio): return {'rate': src.rate, 'seconds': src.seconds, 'samples': len(src.wave)}
     limits = limits or Limits()
     with reading(src, 'audio', limits) as (f, form):
         if form not in DEMUXERS:
-            with open_sound(f, src, limits) as s: return {'rate': s.samplerate, 'seconds': s.frames / s.samplerate}
+            with open_sound(f, src, limits) as s: return {'rate': s.samplerate, 'seconds': s.frames / s.samplerate, 'samples': s.frames}
         import av
         with av.open(f, format=DEMUXERS[form]) as c:
             if not c.streams.audio: raise refuse(src, 'no sound in it', 'at least one sample')

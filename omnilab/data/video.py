@@ -130,15 +130,20 @@ def load_video(
 def peek_video(
     src, # what `load_video` takes
     limits:Limits|None=None, # from the settings by default
-)->dict: # size (w, h) as coded, frames, seconds
+    upright:bool=False, # decode the first frame: it alone tells whether the film was taken lying on its side
+)->dict: # size (w, h), as coded unless upright; frames, seconds
     "What a film's header and its list of packets say."
     import av
     if isinstance(src, Video): return {'size': src.frames.shape[2:0:-1], 'frames': len(src.frames), 'seconds': src.seconds}
     limits = limits or Limits()
-    with reading(src, 'video', limits) as (f, form), av.open(f, format=DEMUXERS[form]) as c:
-        times, seconds = frame_times(c, src, limits)
-        s = c.streams.video[0].codec_context
-        return {'size': (s.width, s.height), 'frames': len(times), 'seconds': seconds}
+    with reading(src, 'video', limits) as (f, form):
+        with av.open(f, format=DEMUXERS[form]) as c:
+            times, seconds = frame_times(c, src, limits)
+            size = c.streams.video[0].codec_context.width, c.streams.video[0].codec_context.height
+        if upright:
+            f.seek(0)
+            with av.open(f, format=DEMUXERS[form]) as c: size = size[::-1] if next(c.decode(video=0)).rotation % 180 else size
+        return {'size': size, 'frames': len(times), 'seconds': seconds}
 
 # %% ../../nbs/data/02_video.ipynb #e16c5b58
 def save_video(

@@ -63,7 +63,7 @@ def turn(
     c = prompt(enc, sample, k)
     new, n = answer(enc, sample, k, c.text), len(c.ids)
     ids, extras = torch.tensor(c.ids + new), {name: longer(v, len(new)) for name, v in c.extras.items()}
-    end = last_in(c.ids, enc.placeholders) or n if c.media else 0
+    end = last_in(c.ids, enc.placeholders) or n if c.keys else 0
     row = Row(ids, torch.arange(len(ids)) >= n, c.media, c.keys, end, count_on(c.positions, len(new)), extras, sample, enc.limits.steps)
     if row.span >= (most := enc.limits.row):
         raise EncodeError(sample, f'{row.span} positions; expected fewer than {most}, since dynamic rotary frequencies follow the longest row so far')

@@ -24,6 +24,7 @@ class PrepareRecipe:
     max_length:Whole = opt(0, 'tokens of a pack; longer rows are problems; 0: any length')
     turns:Literal['all', 'last'] = opt('all', "the assistant's turns that are learned")
     system:str = opt('', 'said by the system at the beginning of every conversation that has no system message; empty: nothing')
+    lengths:Literal['encoded', 'sizes'] = opt('encoded', 'sizes: a first look, as exact; headers of media tell, so nothing is encoded or kept')
     decode:bool = opt(False, 'decode all media now, which finds what a header hides')
     cache:bool = opt(True, 'keep the encoded rows (settings: paths.cache), where a run with the same options finds them')
     workers:Whole = opt(0, 'processes that encode beside this one; 0: it does so itself, or, with ray, one a core')
@@ -44,8 +45,9 @@ class Prepared:
     trained:int             # of these tokens
     origins:list            # place of every row, [n]
     shared:int              # tokens of the trees that the rows make
+    packs:tuple             # how many packs they need, and tokens that fit one; (): any length
     problems:list           # `Problems`
-    kept:str = ''           # what came from the cache and what went there
+    kept:str = ''           # what came from the cache and what went there, or how lengths were found without it
     show:int = 20           # problems that are printed
     @property
     def ok(self)->bool: return not self.problems
@@ -72,7 +74,12 @@ def encoded(
     from omnilab.forest.context import Encoder
     from omnilab.forest.encode import EncodeError, encode
     from omnilab.forest.cluster import encode_on_ray
+    from omnilab.forest.lengths import lengths
     model, how = Facts.of(loaded.model), dict(turns=recipe.turns, on_error='skip', workers=recipe.workers)
+    if recipe.lengths == 'sizes':
+        found = lengths(samples, loaded.processor, model, recipe.turns, 'skip')
+        all_the_same = [f'{n:,} samples encoded for {why}' for why, n in found.decoded.items()]
+        return found.rows, found.problems, '; '.join(['lengths by sizes, nothing is kept', *all_the_same])
     if recipe.cache:
         if recipe.ray: rows = encode_on_ray(samples, loaded.processor, model, address=recipe.ray, **how)
         else: rows = encode_once(samples, loaded.processor, model, **how)
@@ -92,15 +99,18 @@ def look(
     "Count what a data set holds."
     import numpy as np
     from omnilab.data.samples import Problem, Problems
+    from omnilab.forest.bins import pack
     from omnilab.forest.tree import forest
     most = recipe.max_length
     rows, bad, kept = encoded(samples, loaded, recipe)
     rows = list(rows)                                          # each is read once
     long = [Problem(r.origin, '', f'{len(r)} tokens; expected at most max_length={most}') for r in rows if most and len(r) > most]
     media = Counter(p.type for s in samples for p in s.parts if p.type in MEDIA)
-    shared = sum(map(len, forest(rows, max_length=most or None)))
+    trees = forest(rows, max_length=most or None)
+    packs = (len(pack(trees, most, 'skip')), most) if most else ()
     return Prepared(recipe.data, loaded.name, Counter(map(kind_of, samples)), media, np.array([len(r) for r in rows], dtype=int),
-                    sum(int(r.target.sum()) for r in rows), [r.origin for r in rows], shared, Problems([*samples.problems, *bad, *long]), kept, recipe.show)
+                    sum(int(r.target.sum()) for r in rows), [r.origin for r in rows], sum(map(len, trees)), packs,
+                    Problems([*samples.problems, *bad, *long]), kept, recipe.show)
 
 # %% ../../nbs/train/11_prepare.ipynb #96162051
 def histogram(
@@ -130,6 +140,7 @@ def told(
         lines += [f'rows       {n:,}, one for each learned turn; {total:,} tokens, {p.trained / total:.0%} of them trained',
                   f'lengths    {low:,} least, {mid:,} median, {high:,} at 95%, {most:,} most', *(f'           {l}' for l in histogram(p.lengths)),
                   f'shared     {p.shared:,} tokens as trees, {1 - p.shared / total:.0%} less than as rows']
+        if p.packs: lines += [f'packs      {p.packs[0]:,} of {p.packs[1]:,} tokens']
         longest = np.argsort(-p.lengths, kind='stable')[:5]
         lines += [f'{"longest" if i == 0 else "":<11}{p.lengths[k]:,} tokens: {p.origins[k]}' for i, k in enumerate(longest)]
     lines += [f'cache      {p.kept}'] * bool(p.kept)
@@ -148,8 +159,9 @@ def prepare(
     from omnilab.train.feed import with_system
     if not recipe.data: raise ValueError('no rows to look at; expected FILE, or --data FILE')
     means(recipe.data)                                         # complains if it is neither rows nor a card
-    if not recipe.cache and (word := 'ray' if recipe.ray else 'workers' if recipe.workers else ''):
-        raise ValueError(f'--{word} without the cache; expected --cache true, it is how processes share rows')
+    word = 'ray' if recipe.ray else 'workers' if recipe.workers else ''
+    if word and recipe.lengths == 'sizes': raise ValueError(f'--{word} with --lengths sizes, which encodes nothing; expected one of them')
+    if word and not recipe.cache: raise ValueError(f'--{word} without the cache; expected --cache true, it is how processes share rows')
     if recipe.ray: reachable(recipe.ray)
     loaded = described(recipe.model, recipe.dtype)
     loaded.processor = configure(loaded.processor, **asdict(recipe.media))
