@@ -863,6 +863,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'omnilab.forest.context.Recent': ('forest/context.html#recent', 'omnilab/forest/context.py'),
                                         'omnilab.forest.context.Recent.__init__': ( 'forest/context.html#recent.__init__',
                                                                                     'omnilab/forest/context.py'),
+                                        'omnilab.forest.context.Recent.clear': ( 'forest/context.html#recent.clear',
+                                                                                 'omnilab/forest/context.py'),
                                         'omnilab.forest.context.Recent.make': ( 'forest/context.html#recent.make',
                                                                                 'omnilab/forest/context.py'),
                                         'omnilab.forest.context.alike': ('forest/context.html#alike', 'omnilab/forest/context.py'),

@@ -412,6 +412,7 @@ def pixels(
     out = enc.processor.image_processor(images=[[d.value for d in media]], return_tensors='pt')
     return cast({k: torch.as_tensor(v) for k, v in out.items()}, enc.dtype)
 
+# %% ../../nbs/forest/07_context.ipynb #6105ba76
 def alike(
     enc:Encoder, # with what it has seen
     kind:tuple|None, # as `kind_of` says
