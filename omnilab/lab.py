@@ -320,7 +320,7 @@ def plan(
 def sft(
     m:Model, # to start from; stays as it is
     p:Packs, # to learn from
-    adapter:str|None='lora', # 'lora', 'rslora', 'dora'; None: the weights themselves
+    adapter:str|None='lora', # a kind, such as 'lora', 'dora', 'pissa' (`omnilab sft --help` has all); None: the weights themselves
     test:Samples|None=None, # held-out rows: answered and scored before and after
     output:str|Path='', # folder of the run; empty: under the settings' runs, named by what decides the run
     callbacks:tuple=(), # to be told as well
@@ -333,7 +333,7 @@ def sft(
     folder, state = Path(recipe.output), rng_state()
     recipe.data.train = keep_rows(p.samples, folder/'rows'/'train.jsonl')
     if test is not None: recipe.data.test = keep_rows(test, folder/'rows'/'test.jsonl')
-    loaded = m.loaded if adapter else replace(m.loaded, model=deepcopy(m.model))
+    loaded = m.loaded if adapter not in (None, 'lisa') else replace(m.loaded, model=deepcopy(m.model))
     try: run(recipe, [*callbacks, *live(recipe)], loaded, p.packs, list(test) if test is not None else [])
     finally: set_rng_state(state)
     return Run(folder)

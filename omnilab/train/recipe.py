@@ -79,10 +79,12 @@ class MediaArgs:
 @dataclass
 class AdapterArgs:
     "Small matrices beside the frozen weights."
-    kind:Literal['none', 'lora', 'rslora', 'dora'] = opt('lora', 'none: the weights themselves are trained')
-    r:Count = opt(16, 'rank')
+    kind:Literal['none', 'lora', 'rslora', 'dora', 'lora+', 'pissa', 'olora', 'eva', 'loftq', 'adalora', 'vera', 'boft', 'oft', 'fourierft', 'ia3',
+                 'loha', 'lokr', 'miss', 'pro', 'lisa'] = opt('lora', 'none: the weights themselves are trained; pro: new layers; lisa: a few layers at a time')
+    r:Count|None = opt(None, 'rank, where the kind has one; null: 16, for vera 256')
     alpha:Size|None = opt(None, 'scale, divided by the rank; null: twice the rank')
     dropout:Share = opt(0., "on the adapter's input")
+    options:dict[str, Any] = opt({}, "more settings of the kind, by peft's names; one that it doesn't have is answered with those that it has")
     targets:list[str] = opt(['all-linear'], 'or parts (language, vision, audio, projector, head), or names of layers')
     save:list[str] = opt([], 'modules that are trained whole and saved with the adapter')
 

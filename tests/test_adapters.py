@@ -1,0 +1,116 @@
+"Every kind of adapter, through the command: two steps, saved, loaded on the original model, merged."
+import json
+from copy import deepcopy
+
+import pytest
+import torch
+from typing import get_args, get_type_hints
+
+import omnilab     # noqa: F401 (torchvision's operators)
+from omnilab.models.load import load
+from omnilab.objectives.exact import check_forest
+from omnilab.train.recipe import AdapterArgs
+from omnilab.train.sft import OWN, main
+from omnilab.tune.adapters import KINDS, load_adapter, merge
+
+CPU = ['--model.dtype', 'float32', '--train.device', 'cpu', '--train.tracker', 'none', '--data.cache', 'false']
+OF = {'oft': ['--adapter.options', '{oft_block_size: 16}'], 'fourierft': ['--adapter.options', '{n_frequency: 64}'], 'eva': ['--adapter.options.packs', '2']}
+
+
+def test_recipe_names_every_kind():
+    assert set(get_args(get_type_hints(AdapterArgs)['kind'])) == {*OWN, *KINDS}
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+    "The shipped tokenizer and processor around a tiny backbone, and rows without media."
+    folder = tmp_path_factory.mktemp('base')
+    m = load('omni-tiny', dtype='float32')
+    config = deepcopy(m.model.config)
+    config.text_config.num_hidden_layers, config.text_config.layer_types = 2, config.text_config.layer_types[:2]
+    torch.manual_seed(0)
+    small = type(m.model)(config)
+    small.generation_config = m.model.generation_config
+    small.save_pretrained(folder/'model'); m.processor.save_pretrained(folder/'model')
+    rows = [{'messages': [{'role': 'user', 'content': f'Say {i}.'}, {'role': 'assistant', 'content': str(i)}]} for i in range(8)]
+    (folder/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    return folder
+
+
+def sft(base, out, kind, *words):
+    rank = ['--adapter.r', 4] if 'r' in KINDS[kind].told else []
+    words = ['--model.name', base/'model', '--data.train', base/'rows.jsonl', '--output', out, '--adapter.kind', kind, *rank, *OF.get(kind, []), *CPU,
+             '--adapter.targets', 'language', '--train.max_length', 64, '--train.lr', '1e-2', *words]
+    return main([str(w) for w in words], 'omnilab sft')
+
+
+def logits(model):
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad(): return model.eval()(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize('kind', [k for k in KINDS if k != 'loftq'])
+def test_kind(base, tmp_path, kind):
+    run = sft(base, tmp_path, kind, '--train.steps', 2)
+    told, plain = logits(run.model), load(base/'model', dtype='float32', attn='forest').model
+    assert (told - logits(plain)).abs().max() > 1e-3
+    again = load_adapter(plain, tmp_path/'adapter')
+    findings, _ = check_forest(run.model, run.packs.handles[0].rows[:4])
+    assert all(f.ok for f in findings) and len(findings) > 2, findings
+    near = dict(atol=1e-4 * told.abs().max().item(), rtol=0)
+    torch.testing.assert_close(logits(again), told, **near)
+    torch.testing.assert_close(logits(merge(again)), told, **near)
+    torch.testing.assert_close(logits(load(tmp_path/'model', dtype='float32', attn='forest').model), told, **near)
+
+
+@pytest.mark.parametrize('kind', ['dora', 'adalora', 'vera', 'ia3', 'loftq'])
+def test_four_bits(base, tmp_path, kind):
+    "Beside layers in 4 bits, with scales in 8, on the CPU."
+    run = sft(base, tmp_path, kind, '--train.steps', 2, '--model.quantize', 'nf4')
+    layer = run.model.get_base_model().model.language_model.layers[0].mlp.up_proj
+    assert layer.get_base_layer().weight.quant_state.nested
+    whole = load(tmp_path/'model', dtype='float32', attn='forest').model
+    if kind == 'loftq':
+        with pytest.raises(ValueError, match='completes a base in nf4'): load_adapter(load(base/'model', dtype='float32').model, tmp_path/'adapter')
+    else:
+        again = load_adapter(load(base/'model', dtype='float32', attn='forest').model, tmp_path/'adapter')
+        torch.testing.assert_close(logits(whole), logits(again), atol=1e-4, rtol=1e-4)
+    told = logits(run.model)
+    assert (logits(whole) - told).norm() < .3 * told.norm()
+
+
+MORE = {'pro': ['--adapter.options.blocks', 1], 'lisa': ['--adapter.options', '{layers: 1, every: 2}']}
+
+
+@pytest.mark.parametrize('kind', ['pissa', 'adalora', 'vera', 'lora+', 'pro', 'lisa'])
+def test_resumed(base, tmp_path, kind):
+    "Stopped behind a checkpoint and gone on with: the same weights, to the bit."
+    class Stop:
+        def on_step(self, run): run.stop = run.step == 3
+    from omnilab.train.recipe import SFTRecipe, from_args
+    from omnilab.train.sft import run
+    words = ['--model.name', base/'model', '--data.train', base/'rows.jsonl', '--adapter.kind', kind, *MORE.get(kind, ['--adapter.r', 4]), *CPU,
+             '--train.steps', 6, '--train.max_length', 64, '--train.lr', '1e-2']
+    recipe = lambda out: from_args(SFTRecipe, [str(w) for w in [*words, '--output', tmp_path/out]])
+    whole = run(recipe('a'))
+    run(recipe('b'), [Stop()]); again = run(recipe('b'))
+    assert again.run.step == 6
+    for (n, p), (_, q) in zip(whole.model.state_dict().items(), again.model.state_dict().items()): assert torch.equal(p, q), n
+
+
+@pytest.mark.parametrize('words, said', [
+    (['ia3', '--adapter.r', '4'], 'r = 4: ia3 has none'),
+    (['vera', '--adapter.options.d_initiall', '1'], 'options.d_initiall: no such option of vera; it has'),
+    (['pissa', '--model.quantize', 'nf4'], 'is quantised; expected one of lora'),
+    (['loftq'], 'begins with what 4 bits lose'),
+    (['adalora', '--adapter.options.tinit', '9', '--train.steps', '4'], 'expected less than the 4 steps'),
+    (['lorra'], 'expected none, lora, rslora'),
+    (['lisa', '--adapter.r', '4'], 'adapter.r = 4: lisa has none'),
+    (['pro', '--model.quantize', 'nf4'], 'quantised weights cannot move'),
+])
+def test_one_line(base, tmp_path, capsys, words, said):
+    with pytest.raises(SystemExit) as e:
+        main([str(w) for w in ['--model.name', base/'model', '--data.train', base/'rows.jsonl', '--output', tmp_path, *CPU, '--adapter.kind', *words]],
+             'omnilab sft')
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith('omnilab sft:')]
+    assert e.value.code == 2 and len(err) == 1 and said in err[0], err
