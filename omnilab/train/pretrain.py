@@ -347,7 +347,7 @@ def watched(
     samples = [world.sample(n, i) for i in range(3) for n in tasks]
     return collate(forest([r for s in samples for r in encode(s, enc)]))
 
-FREE = ('output', 'resume', 'score', 'train.save_every', 'train.keep', 'train.tracker')   # may differ when a run goes on
+FREE = ('output', 'resume', 'score', 'train.save_every', 'train.keep', 'train.keep_best', 'train.tracker')   # may differ when a run goes on
 
 def once(
     acc:Accelerator, # knows which process is the first
@@ -413,7 +413,7 @@ def stage(
     if recipe.resume: resume(run, out/'checkpoints', facts, FREE)
     train(run, [ModalityGap(held_out, 50), TokenDiversity(50), Progress(t.max_length), MetricsFile(out/'metrics.jsonl'),
                 *([TensorBoard(out/'tensorboard')] if t.tracker == 'tensorboard' else []), *callbacks,
-                Checkpoint(out/'checkpoints', facts, t.save_every, t.keep)])
+                Checkpoint(out/'checkpoints', facts, t.save_every, t.keep, t.keep_best)])
     return run, processor
 
 # %% ../../nbs/train/09_pretrain.ipynb #ec23374e

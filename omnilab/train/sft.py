@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from .feed import describe_packs, feed, files, fingerprint, glance, plan_packs, read_files, read_packs, told_of, with_system
-from .recipe import FREE, RecipeError, SFTRecipe, command, to_yaml
+from .recipe import FREE, RecipeError, SFTRecipe, aim, command, to_yaml
 
 # %% ../../nbs/train/06_sft.ipynb #7355c9f3
 def check_rows(
@@ -55,6 +55,7 @@ def check(
         raise RecipeError(f'model.quantize = {recipe.model.quantize!r} with adapter.kind = \'none\': quantised weights cannot move; expected an adapter')
     if recipe.train.optimizer in ('galore', 'qgalore', 'apollo') and recipe.adapter.kind != 'none':
         raise RecipeError(f'train.optimizer = {recipe.train.optimizer!r} with adapter.kind = {recipe.adapter.kind!r}: adapters are small; expected none')
+    if recipe.train.keep_best: aim(recipe.train.keep_best)
     if not recipe.train.steps and not recipe.train.epochs: raise RecipeError('train.steps and train.epochs are both 0; expected one of them')
     return recipe
 
@@ -225,7 +226,7 @@ def default_callbacks(
     if test: out.append(c.Evaluate(answers(choose(test, recipe.data.eval_rows), loaded.processor, folder, recipe.data.max_new_tokens), t.eval_every, 'answers'))
     out += [*extra, c.Progress(t.max_length), c.MetricsFile(folder/'metrics.jsonl')]
     if t.tracker == 'tensorboard': out.append(c.TensorBoard(folder/'tensorboard'))
-    return [*out, Checkpoint(folder/'checkpoints', identity(recipe, packs), t.save_every, t.keep)]
+    return [*out, Checkpoint(folder/'checkpoints', identity(recipe, packs), t.save_every, t.keep, t.keep_best)]
 
 def sft_metrics(loaded)->Callable: # the objective, for held-out packs
     from omnilab.objectives.sft import sft_objective
