@@ -129,7 +129,8 @@ def apart(
 )->list[str]: # where they differ, to the bit
     "What is not the same."
     rows = [[repeatable(r) for r in read_metrics(f/'metrics.jsonl')] for f in (a, b)]
-    out = [f'metrics of step {x["step"]}' for x, y in zip(*rows) if x != y] + ['steps'] * (len(rows[0]) != len(rows[1]))
+    out = [f'step {x["step"]} {k}: {x.get(k)}, {y.get(k)}' for x, y in zip(*rows) for k in sorted(x.keys() | y.keys()) if x.get(k) != y.get(k)]
+    out += ['number of steps'] * (len(rows[0]) != len(rows[1]))
     last = [checkpoints(f/'checkpoints')[-1] for f in (a, b)]
     for name in ('model/model.safetensors', f'checkpoints/{last[0].name}/weights.safetensors'):
         x, y = load_file(a/name), load_file(b/name)
