@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Size', 'Share', 'Switch', 'TRACKERS', 'FREE', 'opt', 'ModelArgs', 'DataArgs', 'MediaArgs',
            'AdapterArgs', 'TrainArgs', 'GaLoreArgs', 'SFTRecipe', 'Option', 'options', 'describe', 'number', 'coerce',
-           'RecipeError', 'Entry', 'walk', 'read_yaml', 'read_args', 'tables', 'unknown', 'build', 'from_args',
+           'RecipeError', 'Entry', 'aim', 'walk', 'read_yaml', 'read_args', 'tables', 'unknown', 'build', 'from_args',
            'to_yaml', 'help_text', 'command']
 
 # %% ../../nbs/train/00_recipe.ipynb #b36523c1
@@ -125,6 +125,7 @@ class TrainArgs:
     eval_every:Whole = opt(0, 'steps between evaluations; 0: only before and after')
     save_every:Whole = opt(0, 'steps between checkpoints; 0: only at the end')
     keep:Whole = opt(2, 'newest checkpoints that stay; 0: all')
+    keep_best:str = opt('', 'the best checkpoint is written and stays, too: min or max, and a metric, such as min test/loss')
     tracker:Literal['none', *TRACKERS] = opt(settings.train.tracker, 'where curves go, beside metrics.jsonl')
 
 # %% ../../nbs/train/00_recipe.ipynb #b9367367
@@ -156,7 +157,7 @@ class SFTRecipe:
 
 # %% ../../nbs/train/00_recipe.ipynb #d67f1cec
 FREE = ('output', 'resume', 'dry_run', 'check', 'push_to', 'data.cache', 'data.full', 'data.workers', 'data.test', 'data.eval_rows', 'data.max_new_tokens',
-        'train.eval_every', 'train.save_every', 'train.keep', 'train.tracker', 'train.device',
+        'train.eval_every', 'train.save_every', 'train.keep', 'train.keep_best', 'train.tracker', 'train.device',
         'train.checkpointing', 'train.offload')
 
 # %% ../../nbs/train/00_recipe.ipynb #4cada7ad
@@ -236,6 +237,16 @@ class Entry(NamedTuple):
     name:str        # 'train.lr'
     value:Any
     where:str       # 'recipe.yaml:7' or 'command line'
+
+# %% ../../nbs/train/00_recipe.ipynb #4265d459
+def aim(
+    text:str, # 'min test/loss'
+)->tuple[str, str]: # 'min' or 'max', and a metric
+    "What `train.keep_best` asks for."
+    way, _, name = text.partition(' ')
+    if way not in ('min', 'max') or not name or ' ' in name:
+        raise RecipeError(f'train.keep_best = {text!r}: expected min or max and the name of a metric, such as min test/loss')
+    return way, name
 
 # %% ../../nbs/train/00_recipe.ipynb #3324b4ef
 def walk(

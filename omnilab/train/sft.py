@@ -16,7 +16,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from .feed import describe_packs, feed, files, fingerprint, glance, plan_packs, read_files, read_packs, told_of, with_system
-from .recipe import FREE, TRACKERS, RecipeError, SFTRecipe, command, to_yaml
+from .recipe import FREE, TRACKERS, RecipeError, SFTRecipe, aim, command, to_yaml
 
 # %% ../../nbs/train/06_sft.ipynb #7355c9f3
 def check_rows(
@@ -80,6 +80,7 @@ def check(
     if recipe.push_to and not re.fullmatch(r'[\w.-]+/[\w.-]+', recipe.push_to):
         raise RecipeError(f'push_to = {recipe.push_to!r}: expected a name such as me/model')
     if recipe.train.patience and not recipe.train.eval_every: raise RecipeError('train.patience: nothing is evaluated; expected train.eval_every')
+    if recipe.train.keep_best: aim(recipe.train.keep_best)
     if not recipe.train.steps and not recipe.train.epochs: raise RecipeError('train.steps and train.epochs are both 0; expected one of them')
     return recipe
 
@@ -272,7 +273,7 @@ def default_callbacks(
     if recipe.adapter.kind == 'lisa': out.append(Lisa(**own_options(recipe), seed=t.seed))
     out += [*extra, *[EarlyStop(t.watch, t.patience)] * bool(t.patience), c.Progress(t.max_length), c.MetricsFile(folder/'metrics.jsonl')]
     if t.tracker != 'none': out.append(Tracker(t.tracker, folder))
-    return [*out, Checkpoint(folder/'checkpoints', identity(recipe, packs), t.save_every, t.keep)]
+    return [*out, Checkpoint(folder/'checkpoints', identity(recipe, packs), t.save_every, t.keep, t.keep_best)]
 
 def sft_metrics(loaded)->Callable: # the objective, for held-out packs
     from omnilab.objectives.sft import sft_objective
