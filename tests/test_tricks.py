@@ -79,7 +79,8 @@ def test_ends_early(world):
     assert sft(recipe(world, 'early', **ON | dict(patience=1, lr=0., ema=0.)))[0].run.step == 2
 
 
-@pytest.mark.parametrize('wrong, said', [(dict(patience=1, eval_every=0), 'expected train.eval_every'), (dict(patience=1, eval_every=2), 'expected rows in data.test'),
+@pytest.mark.parametrize('wrong, said', [(dict(patience=1, eval_every=0), 'expected train.eval_every'),
+                                         (dict(patience=1, eval_every=2), 'expected rows in data.test'),
                                          (dict(patience=1, eval_every=2, watch='min test/los'), "train.watch = 'min test/los'")])
 def test_one_line(world, capsys, wrong, said):
     from omnilab.train.recipe import to_yaml

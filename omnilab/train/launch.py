@@ -37,7 +37,8 @@ def config(
     "A machine for Accelerate."
     if kind not in CONFIGS: raise RecipeError(f'launch {kind!r}: expected one of {", ".join(CONFIGS)}')
     c = EVERYWHERE | deepcopy(CONFIGS[kind])
-    if processes > 1 and c['distributed_type'] == 'NO': raise RecipeError(f'launch {kind}: one process; expected {"cpus" if c["use_cpu"] else "ddp"} for {processes}')
+    if processes > 1 and c['distributed_type'] == 'NO':
+        raise RecipeError(f'launch {kind}: one process; expected {"cpus" if c["use_cpu"] else "ddp"} for {processes}')
     return c | {'num_processes': processes or c['num_processes']}
 
 # %% ../../nbs/train/18_launch.ipynb #a5228467
