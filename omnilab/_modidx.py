@@ -2349,6 +2349,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'omnilab.train.sft.load_model': ('train/sft.html#load_model', 'omnilab/train/sft.py'),
                                    'omnilab.train.sft.made_by': ('train/sft.html#made_by', 'omnilab/train/sft.py'),
                                    'omnilab.train.sft.main': ('train/sft.html#main', 'omnilab/train/sft.py'),
+                                   'omnilab.train.sft.moved_by': ('train/sft.html#moved_by', 'omnilab/train/sft.py'),
                                    'omnilab.train.sft.own_options': ('train/sft.html#own_options', 'omnilab/train/sft.py'),
                                    'omnilab.train.sft.part_of': ('train/sft.html#part_of', 'omnilab/train/sft.py'),
                                    'omnilab.train.sft.peak_memory': ('train/sft.html#peak_memory', 'omnilab/train/sft.py'),

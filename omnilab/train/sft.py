@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['OWN', 'check_rows', 'own_options', 'check_data', 'check', 'load_model', 'part_of', 'trainable', 'rates', 'towers_of',
-           'towered', 'choose', 'answers', 'company', 'made_by', 'prepare_run', 'default_callbacks', 'sft_metrics',
-           'identity', 'save_model', 'Result', 'prove', 'run', 'finish', 'begin', 'render', 'peak_memory', 'dry_run',
-           'main']
+           'towered', 'choose', 'answers', 'company', 'made_by', 'prepare_run', 'moved_by', 'default_callbacks',
+           'sft_metrics', 'identity', 'save_model', 'Result', 'prove', 'run', 'finish', 'begin', 'render',
+           'peak_memory', 'dry_run', 'main']
 
 # %% ../../nbs/train/06_sft.ipynb #3d19b0b3
 import dataclasses, re, resource, shutil, sys
@@ -255,6 +255,18 @@ def prepare_run(
     return prepare(Scorer(model), opts, acc, probes, complete=whole, data=data, objective=sft_objective(loaded.processor, t.z_loss), size=size,
                    schedule=factor, steps=steps, packs=t.packs, clip=t.clip)
 
+# %% ../../nbs/train/06_sft.ipynb #a9730e18
+def moved_by(
+    recipe:SFTRecipe, # its `adapter` and `train`
+)->list: # callbacks
+    "What changes how weights move, besides the optimiser."
+    from omnilab.train.tricks import EMA, Noise
+    from omnilab.tune.lisa import Lisa
+    from omnilab.tune.ranks import Ranks
+    t, kind = recipe.train, recipe.adapter.kind
+    out = [Ranks()] * (kind == 'adalora') + ([Lisa(**own_options(recipe), seed=t.seed)] if kind == 'lisa' else [])
+    return out + [EMA(t.ema)] * bool(t.ema) + [Noise(t.neftune, t.seed)] * bool(t.neftune)
+
 # %% ../../nbs/train/06_sft.ipynb #2f32a209
 def default_callbacks(
     recipe:SFTRecipe, # what to watch and how often
@@ -268,18 +280,14 @@ def default_callbacks(
     from omnilab.train import callbacks as c
     from omnilab.train.checkpoint import Checkpoint
     from omnilab.train.share import Tracker
-    from omnilab.train.tricks import EMA, EarlyStop, Noise, on_average
-    from omnilab.tune.lisa import Lisa
-    from omnilab.tune.ranks import Ranks
+    from omnilab.train.tricks import EarlyStop, on_average
     t, folder, few = recipe.train, Path(recipe.output), max(1, recipe.train.eval_every or 20)
-    out, watched = [c.TokenDiversity(few)] + [EMA(t.ema)] * bool(t.ema) + [Noise(t.neftune, t.seed)] * bool(t.neftune), c.richest(test_packs or packs or [])
+    out, watched = [c.TokenDiversity(few), *moved_by(recipe)], c.richest(test_packs or packs or [])
     of = on_average if t.ema and t.ema_for != 'model' else lambda f: f
     asked = answers(choose(test, recipe.data.eval_rows), loaded.processor, folder, recipe.data.max_new_tokens)
     if watched is not None: out.append(c.ModalityGap(watched, few))
     if test_packs: out.append(c.Evaluate(of(c.held_out(test_packs, sft_metrics(loaded))), t.eval_every, 'test'))
     if test: out.append(c.Evaluate(of(asked), t.eval_every, 'answers'))
-    if recipe.adapter.kind == 'adalora': out.append(Ranks())
-    if recipe.adapter.kind == 'lisa': out.append(Lisa(**own_options(recipe), seed=t.seed))
     out += [*extra, *[EarlyStop(t.watch, t.patience)] * bool(t.patience), c.Progress(t.max_length), c.MetricsFile(folder/'metrics.jsonl')]
     if t.tracker != 'none': out.append(Tracker(t.tracker, folder))
     return [*out, Checkpoint(folder/'checkpoints', identity(recipe, packs), t.save_every, t.keep, t.keep_best)]
