@@ -24,9 +24,9 @@ def recipe_of(command):
     "The dataclass behind a command."
     from omnilab.cli import cache_recipe, compare_recipe, data_recipe, world_recipe
     from omnilab.memory.planner import MemoryRecipe
-    from omnilab.train import evaluate, prepare, recipe
-    return dict(sft=recipe.SFTRecipe, eval=evaluate.EvalRecipe, infer=evaluate.InferRecipe, check=evaluate.CheckRecipe, prepare=prepare.PrepareRecipe,
-                world=world_recipe(), data=data_recipe(), cache=cache_recipe(), memory=MemoryRecipe,
+    from omnilab.train import evaluate, launch, prepare, recipe
+    return dict(sft=recipe.SFTRecipe, launch=launch.LaunchRecipe, eval=evaluate.EvalRecipe, infer=evaluate.InferRecipe,
+                check=evaluate.CheckRecipe, prepare=prepare.PrepareRecipe, world=world_recipe(), data=data_recipe(), cache=cache_recipe(), memory=MemoryRecipe,
                 compare=compare_recipe())[command]
 
 
