@@ -144,13 +144,14 @@ def embedded(
 # %% ../../nbs/bench/10_galore.ipynb #7137457e
 def chain(
     n:int, # rows
-    words:int=400, # that are used
+    length:int, # words of a row
+    words:int=100, # that are used
 )->list[dict]: # {'messages': [...]}
     "Text in which a word says what comes next, in five of six cases."
     rng, out = np.random.default_rng(0), []
     for _ in range(n):
         w = [int(rng.integers(words))]
-        while len(w) < 80: w.append((w[-1] * 7 + 11) % words if rng.random() < 5 / 6 else int(rng.integers(words)))
+        while len(w) < length: w.append((w[-1] * 7 + 11) % words if rng.random() < 5 / 6 else int(rng.integers(words)))
         text = [f'w{i}' for i in w]
         out.append(dict(messages=[dict(role='user', content=' '.join(text[:8])), dict(role='assistant', content=' '.join(text[8:]))]))
     return out
@@ -159,11 +160,12 @@ def text(
     steps:int, # of the run
     folder:str|Path, # an empty one
     size:str='50M', # one of `bench.forest.SIZES`
+    length:int=64, # tokens of a pack, of a row each
 )->Callable: # () -> Run
     "A text model from the start, on chains of words."
     write(folder, size, 1)
-    (Path(folder)/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in chain(3 * steps + 3)))
-    r = recipe(str(folder), steps, 256, 128, 20, 1e-3)
+    (Path(folder)/'rows.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in chain(steps, length - 6)))
+    r = recipe(str(folder), steps, length, 64, 100, 1e-3)
     loaded = load(folder, dtype='float32', attn='forest')
     packs = read_packs(read(Path(folder)/'rows.jsonl'), loaded, r)
     return lambda: prepare_run(r, fresh(loaded), packs)
@@ -173,7 +175,7 @@ def text(
 class Args:
     "GaLore against galore_torch: the cost of new directions, bytes of state, loss."
     steps:Count = opt(500, 'steps of the embedded model')
-    text_steps:Count = opt(60, 'steps of the 50M text model')
+    text_steps:Count = opt(500, 'steps of the 50M text model')
     rounds:Count = opt(3, 'rounds of the refresh, of which the best counts')
     quick:bool = opt(False, 'small ones, to see that it runs')
 

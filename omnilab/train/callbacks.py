@@ -208,8 +208,9 @@ class TokenDiversity:
         found = getattr(run.model, 'projectors', dict)()
         self.hooks = [m.register_forward_hook(keep(name)) for name, m in found.items()]
     def on_step(self, run:Run):
-        if run.step % self.every and run.step != run.steps: return
-        run.metrics |= {f'diversity/{k}': token_diversity(v.float().flatten(0, -2)) for k, v in self.seen.items()}
+        if run.step % self.every == 0 or run.step == run.steps:
+            run.metrics |= {f'diversity/{k}': token_diversity(v.float().flatten(0, -2)) for k, v in self.seen.items()}
+        self.seen.clear()        # what earlier steps showed, a resumed run hasn't seen
     def on_close(self, run:Run):
         for h in self.hooks: h.remove()
         self.seen.clear()

@@ -8,7 +8,7 @@ __all__ = ['GROUPS', 'SCENE', 'KNOWN', 'PACE', 'FREE', 'sentences', 'answers', '
            'Reads', 'senses', 'warm_encoders', 'pretrain_defaults', 'PolishArgs', 'PretrainRecipe', 'watched', 'once',
            'first_stage', 'later_stage', 'stage', 'pretrain', 'score', 'keep', 'release', 'draw_release', 'main']
 
-# %% ../../nbs/train/09_pretrain.ipynb #692ebe47
+# %% ../../nbs/train/09_pretrain.ipynb #957fd75e
 import json, os, shutil, time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-# %% ../../nbs/train/09_pretrain.ipynb #de742d1c
+# %% ../../nbs/train/09_pretrain.ipynb #158e5d89
 import omnilab.forest.attention  # registers the attention named 'forest'
 from ..data.samples import Sample
 from ..data.world.judges import JUDGES
@@ -56,7 +56,7 @@ from .optim import fits, optimizers, schedule
 from .share import Tracker
 from .recipe import Count, Share, Size, TrainArgs, Whole, command, opt, to_yaml
 
-# %% ../../nbs/train/09_pretrain.ipynb #352dd0b5
+# %% ../../nbs/train/09_pretrain.ipynb #816297cf
 def sentences(
     world:World, # where they come from
     n:int=3000, # samples
@@ -88,7 +88,7 @@ def make_processor(
     processor.codecs = codecs
     return processor
 
-# %% ../../nbs/train/09_pretrain.ipynb #206563e9
+# %% ../../nbs/train/09_pretrain.ipynb #333643a2
 def ceilings(
     processor:OmniProcessor, # with codecs
     split:str='test', # of the world
@@ -105,7 +105,7 @@ def ceilings(
         out[name] = ceiling(processor.codecs[t.modality_out], [p.value for p in parts], judge)
     return out
 
-# %% ../../nbs/train/09_pretrain.ipynb #9458fae6
+# %% ../../nbs/train/09_pretrain.ipynb #c7ab3246
 GROUPS = dict(scene=.42, ocr=.11, tones=.07, synth=.09, draw=.14, keys=.05, clip=.12)
 SCENE = dict(count=.16, color=.15, shape=.12, size=.07, place=.14, caption=.06, json=.03, ground=.13, region=.11, dial=.03)
 
@@ -128,7 +128,7 @@ class Questions:
         chosen = rng.choice(len(self.tasks), self.per_scene, p=self.weights)
         return [self.world.sample(self.tasks[j], i, int((chosen[:k] == j).sum())) for k, j in enumerate(chosen)]
 
-# %% ../../nbs/train/09_pretrain.ipynb #a04dcbec
+# %% ../../nbs/train/09_pretrain.ipynb #f4f3f83e
 class WorldPacks(Iterator):
     "An endless stream of packs that can be continued anywhere."
     def __init__(self,
@@ -159,7 +159,7 @@ class WorldPacks(Iterator):
     def state_dict(self)->dict: return {'group': self.group, 'used': self.used}
     def load_state_dict(self, state:dict): self.group, self.used = state['group'], state['used']
 
-# %% ../../nbs/train/09_pretrain.ipynb #019265a7
+# %% ../../nbs/train/09_pretrain.ipynb #7609f996
 @dataclass
 class SizeArgs:
     "How large the model is."
@@ -185,7 +185,7 @@ def model_config(
     return OmniConfig(text, vision, audio_width=size.audio, image_token_id=of('<|image|>'), video_token_id=of('<|video|>'),
                       audio_token_id=of('<|audio|>'), pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, bos_token_id=None)
 
-# %% ../../nbs/train/09_pretrain.ipynb #8d3a2e89
+# %% ../../nbs/train/09_pretrain.ipynb #e6d56f17
 def make_model(
     size:SizeArgs, # how large
     processor:OmniProcessor, # whose vocabulary it speaks
@@ -198,7 +198,7 @@ def make_model(
     model.set_attn_implementation('forest')
     return model
 
-# %% ../../nbs/train/09_pretrain.ipynb #03ecce3e
+# %% ../../nbs/train/09_pretrain.ipynb #19c63ae8
 def squares(
     pixels:Tensor, # [n, c, h, w]
     side:int, # squares along a side
@@ -228,7 +228,7 @@ def frame(
     "One frame as a picture of its own."
     return Image.fromarray(clip.frames[k]), [clip.static, SimpleNamespace(size=clip.size, color=clip.color, shape=clip.shape, box=clip.box(k))]
 
-# %% ../../nbs/train/09_pretrain.ipynb #d2742b02
+# %% ../../nbs/train/09_pretrain.ipynb #21d1797c
 def spelled(
     word:Word, # as it stands on the canvas
     side:int=3, # squares along a side
@@ -240,7 +240,7 @@ def spelled(
         inside[int(y * side // CANVAS) * side + int(x * side // CANVAS)].append(1 + LETTERS.index(c))
     return torch.tensor([ks + [0] * (most - len(ks)) for ks in inside])
 
-# %% ../../nbs/train/09_pretrain.ipynb #29fc856f
+# %% ../../nbs/train/09_pretrain.ipynb #8c76fc74
 def watch(
     world:World, # where they come from
     processor:OmniProcessor, # makes tensors of them
@@ -256,7 +256,7 @@ def watch(
     return dict(pixel_values=torch.stack(pixels), cells=torch.stack([contents(things) for _, things in shown]), text=torch.stack([spelled(w) for w in words]),
                 input_features=torch.cat(sounds), audio_lengths=torch.tensor([len(x) for x in sounds]))
 
-# %% ../../nbs/train/09_pretrain.ipynb #753be0e2
+# %% ../../nbs/train/09_pretrain.ipynb #402caed0
 class Reads(nn.Module):
     "Linear readings of what encoders and projectors give."
     def __init__(self, config:OmniConfig):
@@ -276,7 +276,7 @@ class Reads(nn.Module):
                     things=told(self.things, seen[:n], b['cells']), text=3 * told(self.letters, seen[n:], b['text']),  # most squares are empty
                     common=sum(x.flatten(0, -2).mean(0).square().mean() for x in (seen, heard)))
 
-# %% ../../nbs/train/09_pretrain.ipynb #fc583d52
+# %% ../../nbs/train/09_pretrain.ipynb #d9ea322c
 def senses(
     model:OmniForConditionalGeneration, # any
 )->tuple[nn.Module, ...]: # encoders and projectors
@@ -305,7 +305,7 @@ def warm_encoders(
     for m in senses(model): m.requires_grad_(False)
     return {k: float(v.detach()) for k, v in missed.items()}
 
-# %% ../../nbs/train/09_pretrain.ipynb #c7d87136
+# %% ../../nbs/train/09_pretrain.ipynb #cd5ea644
 PACE = {'*vision_*': .3, '*audio_*': .3, '*norm*': .5, '*embed_tokens*': 2.8, 'lm_head*': 1.1}      # factors on the learning rate
 
 def pretrain_defaults()->TrainArgs:
@@ -313,7 +313,7 @@ def pretrain_defaults()->TrainArgs:
     return TrainArgs(steps=10000, packs=2, max_length=512, optimizer='muon', lr=.0036, lr_scale=dict(PACE), schedule='wsd', warmup=.01, decay=.4,
                      save_every=200, precision='no', device='cpu')
 
-# %% ../../nbs/train/09_pretrain.ipynb #fb90d884
+# %% ../../nbs/train/09_pretrain.ipynb #687cf109
 @dataclass
 class PolishArgs:
     "The later stages: encoders move too."
@@ -337,7 +337,7 @@ class PretrainRecipe:
     output:str = opt(str(settings.paths.runs/'pretrain'), 'folder of the run; the model lies in its folder `model`')
     resume:bool = opt(True, 'go on from the last checkpoint in `output`, if there is one')
 
-# %% ../../nbs/train/09_pretrain.ipynb #d58c5bcd
+# %% ../../nbs/train/09_pretrain.ipynb #b7d8dc3d
 def watched(
     recipe:PretrainRecipe, # of the run
     processor:OmniProcessor, # makes rows
@@ -348,7 +348,7 @@ def watched(
     samples = [world.sample(n, i) for i in range(3) for n in tasks]
     return collate(forest([r for s in samples for r in encode(s, enc)]))
 
-FREE = ('output', 'resume', 'score', 'train.save_every', 'train.keep', 'train.tracker')   # may differ when a run goes on
+FREE = ('output', 'resume', 'score', 'train.save_every', 'train.keep', 'train.keep_best', 'train.tracker')   # may differ when a run goes on
 
 def once(
     acc:Accelerator, # knows which process is the first
@@ -362,7 +362,7 @@ def once(
     acc.wait_for_everyone()
     return path
 
-# %% ../../nbs/train/09_pretrain.ipynb #17c7827b
+# %% ../../nbs/train/09_pretrain.ipynb #935087fc
 def first_stage(
     recipe:PretrainRecipe, # what to do
     out:Path, # folder of the run
@@ -392,7 +392,7 @@ def later_stage(
     world = World(recipe.train.seed + number)
     return m.processor, m.model, WorldPacks(Questions(world, groups=p.groups, scene=p.scene), m.processor, recipe.train.max_length)
 
-# %% ../../nbs/train/09_pretrain.ipynb #297fc93b
+# %% ../../nbs/train/09_pretrain.ipynb #1356bd9c
 def stage(
     recipe:PretrainRecipe, # what to do
     number:int, # of the stage; 0 is the first
@@ -414,10 +414,10 @@ def stage(
     if recipe.resume: resume(run, out/'checkpoints', facts, FREE)
     train(run, [ModalityGap(held_out, 50), TokenDiversity(50), Progress(t.max_length), MetricsFile(out/'metrics.jsonl'),
                 *([Tracker(t.tracker, out)] if t.tracker != 'none' else []), *callbacks,
-                Checkpoint(out/'checkpoints', facts, t.save_every, t.keep)])
+                Checkpoint(out/'checkpoints', facts, t.save_every, t.keep, t.keep_best)])
     return run, processor
 
-# %% ../../nbs/train/09_pretrain.ipynb #ec23374e
+# %% ../../nbs/train/09_pretrain.ipynb #5b66a8d4
 def pretrain(
     recipe:PretrainRecipe, # what to do
     callbacks:tuple=(), # more of them
@@ -436,7 +436,7 @@ def pretrain(
     run.accelerator.wait_for_everyone()
     return out/'model'
 
-# %% ../../nbs/train/09_pretrain.ipynb #74322dd7
+# %% ../../nbs/train/09_pretrain.ipynb #05ef5a1a
 def score(
     loaded:Loaded, # model and processor
     n:int=200, # samples a task and split
@@ -454,7 +454,7 @@ def score(
                           ceilings=ceilings(loaded.processor, split, seed, n))
     return out
 
-# %% ../../nbs/train/09_pretrain.ipynb #58035c79
+# %% ../../nbs/train/09_pretrain.ipynb #dea3c105
 def keep(
     model:OmniForConditionalGeneration, # trained
     processor:OmniProcessor, # its processor
@@ -483,7 +483,7 @@ def release(
     (folder/'scores.json').write_text(json.dumps(about, indent=1) + '\n')
     return folder
 
-# %% ../../nbs/train/09_pretrain.ipynb #736e85e4
+# %% ../../nbs/train/09_pretrain.ipynb #4180c1a8
 def draw_release(
     about:dict, # a `scores.json`
     ax, # matplotlib axes
@@ -499,7 +499,7 @@ def draw_release(
     ax.set(ylim=(0, 1.05), ylabel='score'); ax.legend(loc='upper left', bbox_to_anchor=(1, 1), frameon=False)
     return ax
 
-# %% ../../nbs/train/09_pretrain.ipynb #5f137634
+# %% ../../nbs/train/09_pretrain.ipynb #98311d27
 def main(
     argv:list[str]|None=None, # words of the command line; None: this program's
 ):

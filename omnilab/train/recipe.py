@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Size', 'Share', 'TRACKERS', 'FREE', 'opt', 'ModelArgs', 'DataArgs', 'MediaArgs', 'AdapterArgs',
            'TrainArgs', 'GaLoreArgs', 'SFTRecipe', 'Option', 'options', 'describe', 'number', 'coerce', 'RecipeError',
-           'Entry', 'walk', 'read_yaml', 'read_args', 'tables', 'unknown', 'build', 'from_args', 'to_yaml', 'help_text',
-           'command']
+           'Entry', 'aim', 'walk', 'read_yaml', 'read_args', 'tables', 'unknown', 'build', 'from_args', 'to_yaml',
+           'help_text', 'command']
 
 # %% ../../nbs/train/00_recipe.ipynb #b36523c1
 import sys, types, typing
@@ -122,6 +122,7 @@ class TrainArgs:
     eval_every:Whole = opt(0, 'steps between evaluations; 0: only before and after')
     save_every:Whole = opt(0, 'steps between checkpoints; 0: only at the end')
     keep:Whole = opt(2, 'newest checkpoints that stay; 0: all')
+    keep_best:str = opt('', 'the best checkpoint is written and stays, too: min or max, and a metric, such as min test/loss')
     tracker:Literal['none', *TRACKERS] = opt(settings.train.tracker, 'where curves go, beside metrics.jsonl')
 
 # %% ../../nbs/train/00_recipe.ipynb #b9367367
@@ -134,6 +135,8 @@ class GaLoreArgs:
     inner:Literal['adamw', 'adamw8bit', 'adafactor']|None = opt(None, 'galore, qgalore: what runs in the remembered directions')
     moments:Literal['rotate', 'keep', 'reset']|None = opt(None, 'galore, qgalore: what becomes of moments at new directions')
     per:Literal['channel', 'tensor']|None = opt(None, 'apollo: a factor for each channel, or one for a matrix')
+    per_layer:bool = opt(False, 'a matrix moves in the backward pass, and its gradient is freed; with train.clip in two passes; one process, train.packs 1')
+    int8:bool = opt(False, 'qgalore: matrices are held in bytes and rounded at random; saved as ordinary weights; one process')
 
 # %% ../../nbs/train/00_recipe.ipynb #381b69b5
 @dataclass
@@ -153,7 +156,7 @@ class SFTRecipe:
 
 # %% ../../nbs/train/00_recipe.ipynb #d67f1cec
 FREE = ('output', 'resume', 'dry_run', 'check', 'push_to', 'data.cache', 'data.full', 'data.workers', 'data.test', 'data.eval_rows', 'data.max_new_tokens',
-        'train.eval_every', 'train.save_every', 'train.keep', 'train.tracker', 'train.device',
+        'train.eval_every', 'train.save_every', 'train.keep', 'train.keep_best', 'train.tracker', 'train.device',
         'train.checkpointing', 'train.offload')
 
 # %% ../../nbs/train/00_recipe.ipynb #4cada7ad
@@ -231,6 +234,16 @@ class Entry(NamedTuple):
     name:str        # 'train.lr'
     value:Any
     where:str       # 'recipe.yaml:7' or 'command line'
+
+# %% ../../nbs/train/00_recipe.ipynb #4265d459
+def aim(
+    text:str, # 'min test/loss'
+)->tuple[str, str]: # 'min' or 'max', and a metric
+    "What `train.keep_best` asks for."
+    way, _, name = text.partition(' ')
+    if way not in ('min', 'max') or not name or ' ' in name:
+        raise RecipeError(f'train.keep_best = {text!r}: expected min or max and the name of a metric, such as min test/loss')
+    return way, name
 
 # %% ../../nbs/train/00_recipe.ipynb #3324b4ef
 def walk(
