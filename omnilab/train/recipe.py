@@ -60,7 +60,7 @@ class DataArgs:
     towers:bool = opt(False, 'what frozen towers and projectors make of media is made once and kept, instead of in every step; '
                              'for models whose forward takes it (mm_encoder_outputs)')
     packing:Literal['exact', 'window', 'balanced', 'ordered', False] = opt('exact', 'exact: fullest; balanced: even work; false: one tree a pack')
-    window:Count = opt(256, 'trees that are held, where packs are made by a window or from a stream')
+    window:Count = opt(256, 'trees that are held, where packs are made by a window or from a stream; rows of a stream are merged in runs of an eighth of it')
     oversize:Literal['refuse', 'skip', 'split', 'truncate'] = opt('refuse', 'a tree longer than a pack; split: a document in pieces; truncate: without its end')
     eval_rows:Whole = opt(64, 'held-out rows that are answered at each evaluation; 0: all')
     max_new_tokens:Count = opt(256, 'tokens of an answer at most')
