@@ -61,7 +61,8 @@ def folder(tmp_path_factory):
         r = recipe(tmp, name)
         r.adapter.kind = kind
         (tmp/f'{name}.yaml').write_text(to_yaml(r))
-        done = subprocess.run([sys.executable, '-m', 'omnilab.cli', 'launch', name.split('-')[0], str(tmp/f'{name}.yaml')], env=ENV, capture_output=True, text=True, timeout=600)
+        cmd = [sys.executable, '-m', 'omnilab.cli', 'launch', name.split('-')[0], str(tmp/f'{name}.yaml')]
+        done = subprocess.run(cmd, env=ENV, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr[-4000:]
     cmd = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', __file__, str(tmp)]
     done = subprocess.run(cmd, env={**ENV, 'ACCELERATE_USE_CPU': 'true'}, capture_output=True, text=True, timeout=600)
