@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['OWN', 'check_rows', 'own_options', 'check_low', 'check_data', 'check', 'load_model', 'part_of', 'trainable', 'rates',
            'towers_of', 'towered', 'choose', 'answers', 'company', 'made_by', 'prepare_run', 'moved_by',
-           'default_callbacks', 'sft_metrics', 'identity', 'save_model', 'Result', 'prove', 'run', 'finish', 'begin',
-           'render', 'peak_memory', 'dry_run', 'main']
+           'default_callbacks', 'sft_metrics', 'identity', 'whole_model', 'save_model', 'Result', 'prove', 'run',
+           'finish', 'begin', 'render', 'peak_memory', 'dry_run', 'main']
 
 # %% ../../nbs/train/06_sft.ipynb #3d19b0b3
 import dataclasses, re, resource, shutil, sys
@@ -318,9 +318,24 @@ def sft_metrics(loaded)->Callable: # the objective, for held-out packs
 def identity(recipe:SFTRecipe, packs)->dict: # what makes a run this run
     return {**asdict(recipe), 'data_fingerprint': fingerprint(packs) if packs is not None else {n: glance(p) for n, p in files(recipe).items()}}
 
+# %% ../../nbs/train/06_sft.ipynb #0faebc2c
+def whole_model(
+    job, # a run at its end; every process must ask
+    recipe:SFTRecipe, # what made it
+): # its model; where weights were divided, a copy of all of them in the first process
+    "The trained model in one piece."
+    from omnilab.train.checkpoint import gathered
+    from omnilab.train.launch import sharded
+    if not sharded(job.accelerator.distributed_type): return job.model
+    state = gathered(job.model.state_dict())
+    if not job.accelerator.is_main_process: return None
+    model = trainable(load_model(dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, device='cpu'))).model, recipe, getattr(job.data, 'packs', None))
+    model.load_state_dict(state)
+    return model
+
 # %% ../../nbs/train/06_sft.ipynb #29a4964c
 def save_model(
-    run, # a finished run
+    model, # as it was trained
     processor, # the model's
     folder:Path, # of the run
     recipe:SFTRecipe, # its model; one that was quantised is read again whole, or its rounding would be merged too
@@ -330,18 +345,18 @@ def save_model(
     from omnilab.tune.adapters import load_adapter, merge, save_adapter
     from omnilab.tune.start import spelled_out
     from omnilab.tune.qgalore import from_int8
-    edited = hasattr(run.model, 'reft')
-    adapted = edited or hasattr(run.model, 'get_base_model')
+    edited = hasattr(model, 'reft')
+    adapted = edited or hasattr(model, 'get_base_model')
     def replace(target, write): shutil.rmtree(target, ignore_errors=True); return write_folder(target, write)
-    if adapted: replace(folder/'adapter', lambda d: (save_adapter(run.model, d), processor.save_pretrained(d)))
+    if adapted: replace(folder/'adapter', lambda d: (save_adapter(model, d), processor.save_pretrained(d)))
     if edited:
-        run.accelerator.print(f'reft edits some tokens, and no weight can hold that: only {folder/"adapter"} is written', file=sys.stderr)
+        print(f'reft edits some tokens, and no weight can hold that: only {folder/"adapter"} is written', file=sys.stderr)
         return folder/'adapter'
     if recipe.adapter.kind == 'loftq': whole = merge(load_adapter(spelled_out(load_model(recipe).model), folder/'adapter'))
     elif recipe.model.quantize != 'none':
         base = load_model(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, quantize='none')))
         whole = merge(load_adapter(base.model, folder/'adapter'))
-    else: whole = merge(run.model) if adapted else from_int8(run.model)
+    else: whole = merge(model) if adapted else from_int8(model)
     return replace(folder/'model', lambda d: (whole.save_pretrained(d), processor.save_pretrained(d)))
 
 # %% ../../nbs/train/06_sft.ipynb #59d702e3
@@ -417,8 +432,9 @@ def finish(
     from omnilab.train.tricks import put
     folder = Path(recipe.output)
     if recipe.train.ema and recipe.train.ema_for != 'evaluation': put(job.model, job.kept['ema'])
+    model = whole_model(job, recipe)
     if job.accelerator.is_main_process:
-        save_model(job, processor, folder, recipe); report(folder)
+        save_model(model, processor, folder, recipe); report(folder)
         if recipe.push_to: print(push(folder, recipe.push_to), file=sys.stderr)
     job.accelerator.wait_for_everyone()
 
