@@ -329,7 +329,8 @@ def whole_model(
     if not sharded(job.accelerator.distributed_type): return job.model
     state = gathered(job.model.state_dict())
     if not job.accelerator.is_main_process: return None
-    model = trainable(load_model(dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, device='cpu'))).model, recipe, getattr(job.data, 'packs', None))
+    here = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, device='cpu'))
+    model = trainable(load_model(here).model, recipe, getattr(job.data, 'packs', None))
     model.load_state_dict(state)
     return model
 
