@@ -71,7 +71,7 @@ class DataArgs:
 class MediaArgs:
     "What the model sees and hears: options of its own processor, saved with it and used wherever it is loaded again."
     image:dict[str, Any] = opt({}, 'of the part for images, such as max_pixels')
-    video:dict[str, Any] = opt({}, 'of the part for clips, such as fps, num_frames, max_frames')
+    video:dict[str, Any] = opt({}, 'of the part for clips, such as fps, num_frames, max_frames; use_audio_in_video: hear their sound, too (Qwen Omni)')
     audio:dict[str, Any] = opt({}, 'of the part for sounds, such as chunk_length')
     processor:dict[str, Any] = opt({}, 'of the processor itself')
 
