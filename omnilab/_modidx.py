@@ -893,6 +893,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'omnilab.forest.context.conversation': ( 'forest/context.html#conversation',
                                                                                  'omnilab/forest/context.py'),
                                         'omnilab.forest.context.count_on': ('forest/context.html#count_on', 'omnilab/forest/context.py'),
+                                        'omnilab.forest.context.heard_and_seen': ( 'forest/context.html#heard_and_seen',
+                                                                                   'omnilab/forest/context.py'),
                                         'omnilab.forest.context.kind_of': ('forest/context.html#kind_of', 'omnilab/forest/context.py'),
                                         'omnilab.forest.context.last_in': ('forest/context.html#last_in', 'omnilab/forest/context.py'),
                                         'omnilab.forest.context.learn': ('forest/context.html#learn', 'omnilab/forest/context.py'),
