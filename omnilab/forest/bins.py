@@ -7,7 +7,7 @@ __all__ = ['OUTPUTS', 'BESIDE', 'Oversize', 'nested', 'assembled', 'Held', 'Pack
            'join_extras', 'collate', 'astride', 'misfit', 'check_inputs', 'check_read', 'guard', 'Handle', 'Packs',
            'handles', 'cut', 'split_row', 'truncate_row', 'fitted', 'work', 'apart', 'pack', 'modalities', 'counts']
 
-# %% ../../nbs/forest/13_bins.ipynb #80e7085f
+# %% ../../nbs/forest/13_bins.ipynb #8d07e145
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from .tree import Row, Tree, grow, tree
 from ..models.load import limits
 from transformers.utils import ModelOutput
 
-# %% ../../nbs/forest/13_bins.ipynb #f371d850
+# %% ../../nbs/forest/13_bins.ipynb #5681c66d
 OUTPUTS = 'mm_encoder_outputs'      # the keyword of transformers for what towers made
 
 def nested(node): # of names and tensors -> lists and tensors
@@ -42,10 +42,13 @@ def assembled(
         node = kinds
         for p in path[:-1]: node = node.setdefault(p, {})
         node[path[-1]] = v
-    if kinds: out[OUTPUTS] = {kind: ModelOutput({f: nested(x) for f, x in fields.items()}) for kind, fields in kinds.items()}
+    for kind, fields in kinds.items():
+        (kind, _, place), made = kind.partition('@'), ModelOutput({f: nested(x) for f, x in fields.items()})
+        if place: out[place] = made                        # in the place of an input, see `towers`
+        else: out.setdefault(OUTPUTS, {})[kind] = made
     return out
 
-# %% ../../nbs/forest/13_bins.ipynb #5c1a1e7f
+# %% ../../nbs/forest/13_bins.ipynb #9b3ed6fa
 class Held:
     "What can be told from `trees` alone."
     @property
@@ -83,7 +86,7 @@ class Pack(Held):
         move = lambda x: {k: v.to(device) for k, v in x.items()} if isinstance(x, dict) else x.to(device)
         return replace(self, **{k: move(getattr(self, k)) for k in ('input_ids', 'position_ids', 'source', 'target', 'weight', 'at', 'media', 'extras')})
 
-# %% ../../nbs/forest/13_bins.ipynb #dd56007b
+# %% ../../nbs/forest/13_bins.ipynb #b7b1e42c
 def lengthen(
     media:list[dict[str, Tensor]], # of several rows
 )->list[dict[str, Tensor]]: # the same, filled
@@ -113,7 +116,7 @@ def join_media(
                 raise ValueError(f'{k}: {shape} of row {origin} and {other} of row {first} cannot be joined; expected the same after the first axis')
     return {k: torch.cat([v for v, _ in vs]) for k, vs in found.items()}
 
-# %% ../../nbs/forest/13_bins.ipynb #0599a71a
+# %% ../../nbs/forest/13_bins.ipynb #46d03f67
 def join_positions(
     trees:list[Tree], # of one pack
 )->Tensor: # [1, n], or [p, 1, n] where the model has its own
@@ -129,7 +132,7 @@ def join_extras(
     kinds = {k: v.dtype for t in trees for k, v in t.extras.items()}
     return {k: torch.cat([t.extras.get(k, torch.zeros(len(t), dtype=d)) for t in trees])[None] for k, d in kinds.items()}
 
-# %% ../../nbs/forest/13_bins.ipynb #0b2e7a83
+# %% ../../nbs/forest/13_bins.ipynb #c09feee8
 def collate(
     trees:list[Tree], # of one pack
 )->Pack: # side by side
@@ -141,7 +144,7 @@ def collate(
     media = join_media([t.media for t in trees], [t.rows[0].origin for t in trees])
     return Pack(ids[None], positions, replace(plan(trees), positions=positions), source, target, weight, at, media, join_extras(trees), trees)
 
-# %% ../../nbs/forest/13_bins.ipynb #5027c8de
+# %% ../../nbs/forest/13_bins.ipynb #81af001e
 def astride(
     model, # a model of transformers, adapters around it or not
     p:Plan, # of a pack
@@ -152,7 +155,7 @@ def astride(
     for n in at.steps:
         if low <= n < high: return f'rows of {low} and of {high} positions; expected all on one side of {n}: encode rows with their model, then pack them'
 
-# %% ../../nbs/forest/13_bins.ipynb #debe3e5c
+# %% ../../nbs/forest/13_bins.ipynb #10a533fa
 BESIDE = {'attention_mask': 'the plan says who sees whom', 'labels': "the model would shift them across branches; a pack's targets are its own",
           'past_key_values': 'a row of trees has no past'}
 
@@ -173,7 +176,7 @@ def misfit(
     if given is None or given.shape != want.shape or not torch.equal(given.cpu(), want):
         return f'position_ids {"are missing" if given is None else tuple(given.shape)}; expected those of the pack, {tuple(want.shape)}'
 
-# %% ../../nbs/forest/13_bins.ipynb #98f6f82c
+# %% ../../nbs/forest/13_bins.ipynb #e7d5391d
 def check_inputs(model, args, inputs): # a forward pre-hook; a compiled model was looked at when it ran plainly
     "Refuse a call whose inputs don't go with its plan."
     if torch.compiler.is_compiling(): return
@@ -195,7 +198,7 @@ def guard(
     model.register_forward_pre_hook(check_inputs, with_kwargs=True)
     model.register_forward_hook(check_read, always_call=True)
 
-# %% ../../nbs/forest/13_bins.ipynb #5bd629c5
+# %% ../../nbs/forest/13_bins.ipynb #94c006fc
 @dataclass(eq=False, repr=False)
 class Handle(Held):
     "A pack that is not laid out yet."
@@ -212,7 +215,7 @@ class Handle(Held):
     def __repr__(self): return f'Handle({self.tokens} tokens of {self.row_tokens} in {self.n_rows} rows, {self.targets} targets)'
     def load(self)->Pack: return collate(self.trees)
 
-# %% ../../nbs/forest/13_bins.ipynb #74f45dc2
+# %% ../../nbs/forest/13_bins.ipynb #12a70894
 class Packs(Sequence):
     "Trees in bins of one length; each pack is laid out when it is asked for."
     def __init__(self,
@@ -247,7 +250,7 @@ def handles(
     "What is known of packs without laying out any."
     return packs.handles if isinstance(packs, Packs) else list(packs)
 
-# %% ../../nbs/forest/13_bins.ipynb #65db316c
+# %% ../../nbs/forest/13_bins.ipynb #bebb7105
 def cut(
     row:Row, # of any length
     start:int, # first token to keep; if not 0, behind the media
@@ -281,7 +284,7 @@ def truncate_row(
     lost = int(row.target[max_length:].sum())
     return [cut(row, 0, max_length)], f'its last {len(row) - max_length} tokens are cut off, {lost} targets with the stop token among them'
 
-# %% ../../nbs/forest/13_bins.ipynb #9d68dee3
+# %% ../../nbs/forest/13_bins.ipynb #ccd0e946
 Oversize = Literal['refuse', 'skip', 'split', 'truncate']
 
 def fitted(
@@ -304,7 +307,7 @@ def fitted(
             out += [tree([r]) for r in rows]
     return out, problems, notices
 
-# %% ../../nbs/forest/13_bins.ipynb #3cb9553f
+# %% ../../nbs/forest/13_bins.ipynb #f4b2d899
 def work(
     tree:Tree, # any
 )->int: # pairs of tokens of which one sees the other
@@ -336,7 +339,7 @@ def pack(
         found += [[side[k] for k in b] for b in (bins(lengths, max_length, packing, effort, window) if packing else [[k] for k in range(len(side))])]
     return Packs(trees, found, max_length, problems, notices)
 
-# %% ../../nbs/forest/13_bins.ipynb #54e33d14
+# %% ../../nbs/forest/13_bins.ipynb #6d80d79b
 def modalities(
     row:Row, # with the sample it came from
 )->str: # such as 'text', 'image → text'
