@@ -11,14 +11,14 @@ from omnilab.models.load import load
 from omnilab.objectives.exact import check_forest
 from omnilab.train.recipe import AdapterArgs
 from omnilab.train.sft import OWN, main
-from omnilab.tune.adapters import KINDS, load_adapter, merge
+from omnilab.tune.adapters import KINDS, PROMPTS, load_adapter, merge
 
 CPU = ['--model.dtype', 'float32', '--train.device', 'cpu', '--train.tracker', 'none', '--data.cache', 'false']
 OF = {'oft': ['--adapter.options', '{oft_block_size: 16}'], 'fourierft': ['--adapter.options', '{n_frequency: 64}'], 'eva': ['--adapter.options.packs', '2']}
 
 
 def test_recipe_names_every_kind():
-    assert set(get_args(get_type_hints(AdapterArgs)['kind'])) == {*OWN, *KINDS}
+    assert set(get_args(get_type_hints(AdapterArgs)['kind'])) == {*OWN, *KINDS, *PROMPTS}
 
 
 @pytest.fixture(scope='module')
@@ -82,7 +82,7 @@ def test_four_bits(base, tmp_path, kind):
 MORE = {'pro': ['--adapter.options.blocks', 1], 'lisa': ['--adapter.options', '{layers: 1, every: 2}']}
 
 
-@pytest.mark.parametrize('kind', ['pissa', 'adalora', 'vera', 'lora+', 'pro', 'lisa'])
+@pytest.mark.parametrize('kind', ['pissa', 'adalora', 'vera', 'lora+', 'pro', 'lisa', 'reft'])
 def test_resumed(base, tmp_path, kind):
     "Stopped behind a checkpoint and gone on with: the same weights, to the bit."
     class Stop:
@@ -98,12 +98,26 @@ def test_resumed(base, tmp_path, kind):
     for (n, p), (_, q) in zip(whole.model.state_dict().items(), again.model.state_dict().items()): assert torch.equal(p, q), n
 
 
+def test_reft(base, tmp_path, capfd):
+    "Kept beside the model, never in it; found again by the verbs that take an adapter."
+    from omnilab.train.evaluate import open_model
+    from omnilab.train.recipe import ModelArgs
+    words = ['--model.name', base/'model', '--data.train', base/'rows.jsonl', '--adapter.kind', 'reft', *CPU, '--train.steps', 2, '--output', tmp_path]
+    run = main([str(w) for w in [*words, '--train.max_length', 64, '--train.lr', '1e-2']], 'omnilab sft')
+    assert 'no weight can hold that' in capfd.readouterr().err and not (tmp_path/'model').exists()
+    again = open_model(ModelArgs(str(tmp_path/'adapter'), 'float32', 'forest'), device='cpu').model
+    torch.testing.assert_close(logits(again), logits(run.model))
+    findings, _ = check_forest(run.model, run.packs.handles[0].rows[:4])
+    assert all(f.ok for f in findings) and len(findings) > 2, findings
+
+
 @pytest.mark.parametrize('words, said', [
     (['ia3', '--adapter.r', '4'], 'r = 4: ia3 has none'),
     (['vera', '--adapter.options.d_initiall', '1'], 'options.d_initiall: no such option of vera; it has'),
     (['pissa', '--model.quantize', 'nf4'], 'is quantised; expected one of lora'),
     (['loftq'], 'begins with what 4 bits lose'),
     (['adalora', '--adapter.options.tinit', '9', '--train.steps', '4'], 'expected less than the 4 steps'),
+    (['prompt'], 'a pack, which peft would put them before, has many rows'),
     (['lorra'], 'expected none, lora, rslora'),
     (['lisa', '--adapter.r', '4'], 'adapter.r = 4: lisa has none'),
     (['pro', '--model.quantize', 'nf4'], 'quantised weights cannot move'),

@@ -80,7 +80,8 @@ class MediaArgs:
 class AdapterArgs:
     "Small matrices beside the frozen weights."
     kind:Literal['none', 'lora', 'rslora', 'dora', 'lora+', 'pissa', 'olora', 'eva', 'loftq', 'adalora', 'vera', 'boft', 'oft', 'fourierft', 'ia3',
-                 'loha', 'lokr', 'miss', 'pro', 'lisa'] = opt('lora', 'none: the weights themselves are trained; pro: new layers; lisa: a few layers at a time')
+                 'loha', 'lokr', 'miss', 'pro', 'lisa', 'reft', 'prompt', 'prefix'] = opt(
+        'lora', 'none: the weights themselves; pro: new layers; lisa: a few layers at a time; reft: hidden states; prompt and prefix: refused, with the reason')
     r:Count|None = opt(None, 'rank, where the kind has one; null: 16, for vera 256')
     alpha:Size|None = opt(None, 'scale, divided by the rank; null: twice the rank')
     dropout:Share = opt(0., "on the adapter's input")

@@ -36,15 +36,15 @@ def check_rows(
         raise RecipeError(f'{option} = {path!r}: its rows hold no answer to learn ({", ".join(c.tasks)}); expected a card whose rows do')
 
 # %% ../../nbs/train/06_sft.ipynb #e46e981d
-OWN = {'none': {}, 'pro': dict(blocks=4), 'lisa': dict(layers=2, every=20)}         # kinds without matrices beside weights, and their options
+OWN = {'none': {}, 'pro': dict(blocks=4), 'lisa': dict(layers=2, every=20), 'reft': dict(first=4)}         # kinds that peft doesn't have, and their options
 
 def own_options(
     recipe:SFTRecipe, # its `adapter`, of a kind in OWN
 )->dict[str, int]: # options of the kind
-    "What may be said of a kind that has no rank."
+    "What may be said of a kind that peft doesn't have."
     a, fresh = recipe.adapter, type(recipe.adapter)()
-    for name in ('r', 'alpha', 'dropout', 'targets', 'save'):
-        if a.kind != 'none' and (v := getattr(a, name)) != getattr(fresh, name): raise RecipeError(f'adapter.{name} = {v!r}: {a.kind} has none')
+    for name in {'none': [], 'reft': ['alpha', 'dropout', 'targets', 'save']}.get(a.kind, ['r', 'alpha', 'dropout', 'targets', 'save']):
+        if (v := getattr(a, name)) != getattr(fresh, name): raise RecipeError(f'adapter.{name} = {v!r}: {a.kind} has none')
     known = OWN[a.kind]
     for name, v in a.options.items():
         if name not in known: raise RecipeError(f'adapter.options.{name}: no such option of {a.kind}; it has {", ".join(known) or "none"}')
@@ -78,7 +78,7 @@ def check(
     check_data(recipe, rows)
     if recipe.model.attention != 'forest': raise RecipeError(f'model.attention = {recipe.model.attention!r}: packs of trees need forest')
     if recipe.adapter.kind in OWN: own_options(recipe)
-    if recipe.model.quantize != 'none' and recipe.adapter.kind in OWN:
+    if recipe.model.quantize != 'none' and recipe.adapter.kind in OWN and recipe.adapter.kind != 'reft':
         held, kind = recipe.model.quantize, recipe.adapter.kind
         raise RecipeError(f'model.quantize = {held!r} with adapter.kind = {kind!r}: quantised weights cannot move; expected an adapter')
     if recipe.train.optimizer in ('galore', 'qgalore', 'apollo') and recipe.adapter.kind != 'none':
@@ -125,9 +125,11 @@ def trainable(
     from omnilab.train.optim import freeze
     from omnilab.tune.adapters import adapt
     from omnilab.tune.blocks import expand
+    from omnilab.tune.reft import reft
     a = recipe.adapter
     if a.kind in ('none', 'lisa'): model.requires_grad_(True)
     elif a.kind == 'pro': model = expand(model, **own_options(recipe))
+    elif a.kind == 'reft': model = reft(model, a.r or 4, **own_options(recipe), seed=recipe.train.seed)
     else: model = adapt(model, a.kind, a.r, a.alpha, a.dropout, a.targets, tuple(a.save), recipe.train.seed, a.options, handles(packs or []))
     return freeze(model, recipe.train.freeze, part_of(model))
 
@@ -310,9 +312,13 @@ def save_model(
     from omnilab.train.checkpoint import write_folder
     from omnilab.tune.adapters import load_adapter, merge, save_adapter
     from omnilab.tune.start import spelled_out
-    adapted = hasattr(run.model, 'get_base_model')
+    edited = hasattr(run.model, 'reft')
+    adapted = edited or hasattr(run.model, 'get_base_model')
     def replace(target, write): shutil.rmtree(target, ignore_errors=True); return write_folder(target, write)
     if adapted: replace(folder/'adapter', lambda d: (save_adapter(run.model, d), processor.save_pretrained(d)))
+    if edited:
+        run.accelerator.print(f'reft edits some tokens, and no weight can hold that: only {folder/"adapter"} is written', file=sys.stderr)
+        return folder/'adapter'
     if recipe.adapter.kind == 'loftq': whole = merge(load_adapter(spelled_out(load_model(recipe).model), folder/'adapter'))
     elif recipe.model.quantize != 'none':
         base = load_model(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, quantize='none')))
