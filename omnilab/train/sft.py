@@ -165,7 +165,8 @@ def towered(
     from omnilab.train.loop import accelerator
     acc = accelerator(recipe.train.precision, recipe.train.device)
     if recipe.model.quantize == 'none': loaded.model.to(acc.device)             # quantised weights stay where they were read
-    try: return through(rows, towers_of(trainable(loaded.model, recipe), loaded, recipe), settings.paths.cache if recipe.data.cache else None, recipe.data.full)
+    asked = dataclasses.replace(recipe, adapter=dataclasses.replace(recipe.adapter, kind='lora', options={})) if recipe.adapter.kind == 'eva' else recipe
+    try: return through(rows, towers_of(trainable(loaded.model, asked), loaded, recipe), settings.paths.cache if recipe.data.cache else None, recipe.data.full)
     except TowerError as e: raise RecipeError(f'data.towers: {e}') from None
 
 # %% ../../nbs/train/06_sft.ipynb #c38efc67
