@@ -2370,6 +2370,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'omnilab.train.sft.answers': ('train/sft.html#answers', 'omnilab/train/sft.py'),
                                    'omnilab.train.sft.begin': ('train/sft.html#begin', 'omnilab/train/sft.py'),
                                    'omnilab.train.sft.check': ('train/sft.html#check', 'omnilab/train/sft.py'),
+                                   'omnilab.train.sft.check_adapter': ('train/sft.html#check_adapter', 'omnilab/train/sft.py'),
                                    'omnilab.train.sft.check_data': ('train/sft.html#check_data', 'omnilab/train/sft.py'),
                                    'omnilab.train.sft.check_low': ('train/sft.html#check_low', 'omnilab/train/sft.py'),
                                    'omnilab.train.sft.check_rows': ('train/sft.html#check_rows', 'omnilab/train/sft.py'),

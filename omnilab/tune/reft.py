@@ -45,7 +45,7 @@ class Reft(nn.Module):
     ): super().__init__(); self.r, self.first, self.at = r, first, None
 
     def look(self, model, args, kw):
-        ids = kw.get('input_ids', args[0] if args else kw.get('inputs_embeds'))
+        ids = next(x for x in (*args[:1], kw.get('input_ids'), kw.get('inputs_embeds')) if x is not None)
         mask, past = kw.get('attention_mask'), kw.get('past_key_values')
         if kw.get('forest') is not None: depth = kw['forest'].rule[1].to(ids.device)[None]
         elif mask is not None and mask.dim() == 2: depth = ((mask.long().cumsum(1) - 1).masked_fill(mask == 0, self.first))[:, -ids.shape[1]:]
