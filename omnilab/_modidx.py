@@ -928,8 +928,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'omnilab/forest/context.py'),
                                         'omnilab.forest.context.spell': ('forest/context.html#spell', 'omnilab/forest/context.py'),
                                         'omnilab.forest.context.together': ('forest/context.html#together', 'omnilab/forest/context.py'),
-                                        'omnilab.forest.context.with_sound': ( 'forest/context.html#with_sound',
-                                                                               'omnilab/forest/context.py'),
                                         'omnilab.forest.context.without': ('forest/context.html#without', 'omnilab/forest/context.py')},
             'omnilab.forest.document': { 'omnilab.forest.document.document': ( 'forest/document.html#document',
                                                                                'omnilab/forest/document.py'),
