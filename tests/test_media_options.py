@@ -55,11 +55,18 @@ def test_no_processor_samples_twice():
     assert grid(60, 12.) == grid(120, 24.) == 5
 
 
-@pytest.mark.parametrize('name', ['qwen2_5_omni', 'qwen3_omni'])
-def test_what_only_a_call_may_say_is_refused(name):
+@pytest.mark.parametrize('name', ['qwen2_5_vl', 'gemma4'])
+def test_sound_of_clips_only_where_a_family_takes_it(name):
     from omnilab.models.options import OptionError, configure
     with pytest.raises(OptionError, match='media.video.use_audio_in_video: .* has no such option; expected one of'):
         configure(family(name)[1], video={'use_audio_in_video': True})
+
+
+@pytest.mark.parametrize('name', ['qwen2_5_omni', 'qwen3_omni'])
+def test_what_only_a_call_may_say_is_refused(name):
+    from omnilab.models.options import OptionError, configure
+    with pytest.raises(OptionError, match='media.video.seconds_per_chunk: .* has no such option; expected one of'):
+        configure(family(name)[1], video={'seconds_per_chunk': 1.})
 
 
 @pytest.fixture(scope='module')

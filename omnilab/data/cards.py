@@ -271,7 +271,7 @@ def read_rows(
 def stream_rows(
     source, # what `samples.stream` takes, or the name of a card
     start:int=0, # index of the first row
-    shard:tuple[int, int]=(0, 1), # (i, n): only rows whose index leaves i when divided by n
+    shard:tuple=(0, 1), # (i, n): only rows whose index leaves i when divided by n; (i, n, run): and the run - 1 rows behind each
 )->Stream: # iterable of (index, Sample or Problem), as often as one likes
     "Read rows, or a public data set, row by row."
     if not means(source): return Stream(source, start, shard)

@@ -174,14 +174,14 @@ class Stream:
     "Rows read as they are asked for."
     source:Any # what `read` takes
     start:int = 0 # index of the first row
-    shard:tuple[int, int] = (0, 1) # (i, n): rows whose index leaves i when divided by n
+    shard:tuple = (0, 1) # (i, n): rows whose index leaves i when divided by n; (i, n, run): and the run - 1 rows behind each
     check_media:bool|str = True # as in `read`
     answer:bool = True # as in `read`
     make:Any = None # `Found` -> Sample, where rows have a form of their own
 
     def __post_init__(self):
-        i, n = self.shard
-        if not 0 <= i < n: raise ValueError(f'shard={self.shard}; expected (i, n) with 0 ≤ i < n')
+        i, n, *run = self.shard
+        if not (0 <= i < n and sum(run or [1]) in range(1, n + 1)): raise ValueError(f'shard={self.shard}; expected (i, n) with 0 ≤ i < n')
         if self.start < 0: raise ValueError(f'start={self.start}; expected 0 or more')
         checker(self.check_media)
 
@@ -194,13 +194,13 @@ class Stream:
 
     def __len__(self):
         if (n := count(self.source)) is None: raise TypeError(f'{self.source}: how many rows there are is not known before they are read')
-        return len(range(Pick(self.start, *self.shard).first(0), n, self.shard[1]))
+        return len(Pick(self.start, *self.shard).among(0, n))
 
 # %% ../../nbs/data/08_samples.ipynb #3e96ac59
 def stream(
     source, # what `read` takes
     start:int=0, # index of the first row
-    shard:tuple[int, int]=(0, 1), # (i, n): only rows whose index leaves i when divided by n
+    shard:tuple=(0, 1), # (i, n): only rows whose index leaves i when divided by n; (i, n, run): and the run - 1 rows behind each
     check_media:bool|str=True, # True: look at headers; 'decode': decode everything; False: look at nothing
     answer:bool=True, # whether every row must hold an answer to train on
 )->Stream: # iterable of (index, Sample or Problem), as often as one likes

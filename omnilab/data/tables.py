@@ -22,16 +22,19 @@ from ..settings import settings
 
 # %% ../../nbs/data/07_tables.ipynb #472c8dac
 class Pick(NamedTuple):
-    "Rows from `start` on whose index leaves `index` when divided by `of`."
+    "Rows from `start` on: of every `of` the one at `index`, or `run` neighbours from there on."
     start:int = 0
     index:int = 0
     of:int = 1
+    run:int = 1
 
     def takes(self, at:int)->bool: # is the row with this index wanted?
-        return at >= self.start and at % self.of == self.index
+        return at >= self.start and (at - self.index) % self.of < self.run
     def first(self, at:int)->int: # index of the first wanted row from `at` on
         at = max(at, self.start)
-        return at + (self.index - at) % self.of
+        return at if self.takes(at) else at + (self.index - at) % self.of
+    def among(self, at:int, end:int)->range|list: # indices of wanted rows, from `at` on, before `end`
+        return range(self.first(at), end, self.of) if self.run == 1 else [k for k in range(at, end) if self.takes(k)]
 
 class Found(NamedTuple):
     "A row as it stands in a file."
@@ -215,7 +218,7 @@ def batch_rows(
     try:
         for b in batches:
             n = b if isinstance(b, int) else b.num_rows
-            if not isinstance(b, int): yield from ((k, place(k), batch_row(b, k - at, place(k))) for k in range(pick.first(at), at + n, pick.of))
+            if not isinstance(b, int): yield from ((k, place(k), batch_row(b, k - at, place(k))) for k in pick.among(at, at + n))
             at += n
     except Exception as e:
         if pick.takes(at): yield at, place(at), RowError(f'broken ({e}), nothing more can be read; expected {expected}', place(at), 'row')
@@ -259,15 +262,16 @@ def dataset_rows(
 ): # yields (index, origin, row or RowError)
     "The rows of a dataset of 🤗 Datasets."
     import datasets
-    at, step = 0, 1
+    places = range(2**62)
     if isinstance(ds, datasets.Dataset):               # any row at once
-        at, step = pick.first(0), pick.of
-        ds = ds.with_format(None).select(range(at, len(ds), step)).to_iterable_dataset()
+        places = pick.among(0, len(ds))
+        ds = ds.with_format(None).select(places).to_iterable_dataset()
+    at = next(places := iter(places), 0)
     try:
         if ds.features: ds = ds.cast(undecoded(ds.features))
         for row in ds:
             if pick.takes(at): yield at, f'{name}:row {at}', row
-            at += step
+            at = next(places, at + 1)
     except Exception as e: yield at, f'{name}:row {at}', RowError(f'broken ({e}), nothing more can be read; expected a row', f'{name}:row {at}', 'row')
 
 # %% ../../nbs/data/07_tables.ipynb #df8a9330

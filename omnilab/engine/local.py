@@ -195,7 +195,7 @@ def generate_batch(
     never:tuple[int, ...]=(), # tokens that are not chosen
 )->list[tuple[list[int], list[float]]]: # of each row: token ids, stop token included, and log-probabilities
     "Continue all rows of a batch."
-    inputs = {k: v.to(model.device, model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+    inputs = {k: v.to(model.device, model.dtype if v.is_floating_point() else None) if torch.is_tensor(v) else v for k, v in inputs.items()}
     start, choose = inputs['input_ids'].shape[1], Choose(requests, grammar, never)
     config = GenerationConfig(**PLAIN, max_new_tokens=max(limits), pad_token_id=pad)
     with evaluating(model):
@@ -280,7 +280,7 @@ class LocalEngine:
     def answer(self, rows:dict[int, tuple])->dict[int, Completion]: # place -> (request, prompt, new tokens at most, stop tokens)
         "Answer one batch."
         requests, prompts, limits, stops = map(list, zip(*rows.values()))
-        inputs = collate(prompts, self.pad)
+        inputs = collate(prompts, self.pad) | self.encoder.told             # what the model must be told beside tensors
         grammar = getattr(self.processor, 'grammar', None)
         grammar = grammar(max_length=inputs['input_ids'].shape[1] + limits[0]) if grammar else None
         done = generate_batch(self.model, inputs, requests, stops, limits, self.pad, grammar, tuple(self.encoder.placeholders))

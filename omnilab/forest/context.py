@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['TRUST', 'ALIKE', 'Medium', 'clip_meta', 'read_part', 'placeholders', 'sort_outputs', 'rope_index', 'parameters',
-           'rope_positions', 'count_on', 'rust', 'spell', 'Recent', 'Encoder', 'contents', 'without', 'check_shown',
-           'conversation', 'own_system', 'check_heard', 'process', 'cast', 'plain', 'learn', 'last_in', 'longer',
-           'Context', 'kind_of', 'pixels', 'alike', 'same', 'compare', 'prompt', 'batch', 'together']
+           'rope_positions', 'count_on', 'rate_of', 'rust', 'spell', 'Recent', 'Encoder', 'contents', 'without',
+           'check_shown', 'conversation', 'own_system', 'check_heard', 'with_sound', 'process', 'cast', 'plain',
+           'learn', 'last_in', 'longer', 'Context', 'kind_of', 'pixels', 'alike', 'same', 'compare', 'prompt', 'batch',
+           'together']
 
 # %% ../../nbs/forest/07_context.ipynb #2bc7b9e4
 import inspect, re
@@ -18,10 +19,11 @@ import torch
 from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
+from ..data.files import refuse
 from ..data.media import content_hash, load_audio, load_image, load_video
 from ..data.parts import MEDIA
 from ..data.samples import Part, Sample, to_messages
-from ..models.options import frame_picker
+from ..models.options import frame_picker, told
 from .template import Dialect, EncodeError, Rendered, packed, stop_ids, tokenizer_of, what_follows
 from ..models.load import limits
 
@@ -33,6 +35,7 @@ class Medium:
     value:Any        # what processors take: PIL image, float32 wave [n], uint8 frames [T, H, W, 3]
     key:str          # content hash
     meta:dict|None = None   # of a clip: what video processors ask for
+    track:Any = None        # of a clip that is heard, too: float32 wave [n]
 
     @property
     def nbytes(self)->int: return getattr(self.value, 'nbytes', None) or 3 * self.value.width * self.value.height
@@ -50,6 +53,7 @@ def read_part(
     rate:int, # samples a second that the processor wants
     name=content_hash, # source -> what it is called
     picks=None, # (frames, frames a second) -> those of a clip that the processor wants; None: all
+    track:bool=False, # is a clip's sound wanted, too?
 )->Medium: # decoded
     "Read one medium."
     key, meta = name(part.value), {}
@@ -57,7 +61,9 @@ def read_part(
     if part.type == 'audio': return Medium(part, load_audio(part.value, rate).wave, key)
     def choose(n, fps): meta.update(clip_meta(n, fps, picks)); return meta['frames_indices']
     v = load_video(part.value, choose=choose)
-    return Medium(part, v.frames, key, meta | dict(zip(('height', 'width'), v.frames.shape[1:3])))
+    if track and v.audio is None: raise refuse(part.value, 'no sound in it', 'a clip with a sound track, since use_audio_in_video is on')
+    sound = load_audio(v.audio, rate).wave if track else None
+    return Medium(part, v.frames, key, meta | dict(zip(('height', 'width'), v.frames.shape[1:3])), sound)
 
 # %% ../../nbs/forest/07_context.ipynb #d3202e0e
 def placeholders(
@@ -107,11 +113,12 @@ def rope_positions(
     ids:Tensor, # [n]
     media:dict[str, Tensor], # model inputs that hold media
     extras:dict[str, Tensor], # values by token, each [n]
+    told:dict|None=None, # what else it must be told, see `models.options`
 )->Tensor|None: # [p, n], or None: the depth
     "Positions as the model itself gives them."
     index = rope_index(model)
     if index is None or not media: return None
-    given = {**media, **{k: v[None] for k, v in extras.items()}, 'attention_mask': torch.ones(1, len(ids), dtype=torch.long)}
+    given = {**(told or {}), **media, **{k: v[None] for k, v in extras.items()}, 'attention_mask': torch.ones(1, len(ids), dtype=torch.long)}
     if 'feature_attention_mask' in media: given['audio_seqlens'] = media['feature_attention_mask'].sum(-1)      # models and processors differ in names
     if 'video_second_per_grid' in media: given['second_per_grids'] = media['video_second_per_grid']
     return index(ids[None], **{k: v for k, v in given.items() if k in parameters(getattr(index, '__func__', index))})[0][:, 0].long()
@@ -124,7 +131,10 @@ def count_on(
     "Text counts on, whatever its ids say."
     return None if positions is None else torch.cat([positions, positions[:, -1:] + torch.arange(1, more + 1)], 1)
 
-# %% ../../nbs/forest/07_context.ipynb #2ae4e28d
+# %% ../../nbs/forest/07_context.ipynb #0d4a33d9
+def rate_of(processor)->int: # samples a second that it wants
+    return getattr(getattr(processor, '_audio_processor', None), 'sampling_rate', 16_000)
+
 def rust(
     tokenizer, # any
 ): # the `tokenizers.Tokenizer` inside it, where nothing of its own stands before that; else None
@@ -183,13 +193,13 @@ class Encoder:
         self.tokenizer, self.own = tokenizer_of(self.processor), not getattr(self.processor, 'chat_template', None)      # own: tokens by its class's own code
         self.stops, self.placeholders, self.limits = stop_ids(self.processor, self.model), placeholders(self.processor, self.model), limits(self.model)
         self.takes_media, self.dtype, self.rust = self.tokenizer is not self.processor, getattr(self.model, 'dtype', None), rust(self.tokenizer)
-        self.picks, self.rate = frame_picker(self.processor), getattr(getattr(self.processor, '_audio_processor', None), 'sampling_rate', 16_000)
+        self.picks, self.told, self.rate = frame_picker(self.processor), told(self.processor), rate_of(self.processor)
         self.dialect = Dialect.of(getattr(self.processor, 'chat_template', None), self.takes_media)
 
     def read(self, part:Part)->Medium|None: # decoded once; None for text and boxes
         if part.type not in MEDIA: return None
         key, read = (part.type, part.value if isinstance(part.value, str) else id(part.value)), self.ruler or read_part
-        return self._media.make(key, lambda: read(part, self.rate, self.name, self.picks))
+        return self._media.make(key, lambda: read(part, self.rate, self.name, self.picks, bool(self.told)))
 
     def render(self, chat:list[dict], prompt:bool, **kw): # the chat template, as text unless told otherwise
         how = {'add_generation_prompt': prompt, 'tokenize': False, **kw}
@@ -273,7 +283,10 @@ def conversation(
     if other and not enc.takes_media:
         raise EncodeError(sample, f'{", ".join(sorted(other))} for {type(enc.processor).__name__}, a tokenizer; expected text only')
     check_shown(enc, chat, sample)
-    return chat, [d for m in sample.messages[:k] for p in m.parts if (d := enc.read(p))]
+    media = [d for m in sample.messages[:k] for p in m.parts if (d := enc.read(p))]
+    for p, d in zip((p for m in chat for p in m['content'] if p['type'] in MEDIA), media):
+        if d.track is not None: p['track'] = d.track
+    return chat, media
 
 # %% ../../nbs/forest/07_context.ipynb #2b533fbc
 def own_system(
@@ -297,19 +310,34 @@ def check_heard(
     sample:Sample, # for messages
 ):
     "Refuse a sound whose end the processor leaves out."
-    sounds = [p for m in chat for p in m['content'] if p['type'] == 'audio']
-    for d, old in zip([d for d in media if d.part.type == 'audio'], sounds):
-        if len(d.value) <= enc._heard: continue
-        end, rng = min(len(d.value), enc.rate // 10), np.random.default_rng(0)
-        new = {**old, 'audio': np.concatenate([d.value[:-end], rng.uniform(-.5, .5, end).astype(np.float32)])}
+    sounds = [(p, 'track' if 'track' in p else 'audio') for m in chat for p in m['content'] if p['type'] == 'audio' or 'track' in p]
+    for wave, (old, where) in zip([x for d in media if (x := d.value if d.part.type == 'audio' else d.track) is not None], sounds):
+        if len(wave) <= enc._heard: continue
+        end, rng = min(len(wave), enc.rate // 10), np.random.default_rng(0)
+        new = {**old, where: np.concatenate([wave[:-end], rng.uniform(-.5, .5, end).astype(np.float32)])}
         if enc.own: new = packed(new, enc.rate)
         other = process([{**m, 'content': [new if p is old else p for p in m['content']]} for m in chat])
         if other.keys() == tensors.keys() and all(torch.equal(v, other[k]) for k, v in tensors.items()):
             window = getattr(getattr(enc.processor, 'feature_extractor', None), 'n_samples', None)
             known = f' (its window is {window / enc.rate:g} s)' if window else ''
-            found = f'a sound of {len(d.value) / enc.rate:g} s, whose end {type(enc.processor).__name__} leaves out{known}'
+            found = f'a sound of {len(wave) / enc.rate:g} s, whose end {type(enc.processor).__name__} leaves out{known}'
             raise EncodeError(sample, f'{found}; expected one that is heard whole')
-        enc._heard = len(d.value)
+        enc._heard = len(wave)
+
+# %% ../../nbs/forest/07_context.ipynb #8a1e6210
+def with_sound(
+    enc:Encoder, # with its processor
+    chat:list[dict], # a conversation with clips that are heard
+    told:dict, # of the clips
+    sample:Sample, # for what its template is told
+)->dict: # what the processor returns for one row
+    "A prompt whose clips bring their sound."
+    parts, text = [p for m in chat for p in m['content']], enc.render(chat, True, **sample.template)
+    seen = {f'{kind}s': [some] for kind in ('image', 'video') if (some := [p[kind] for p in parts if p['type'] == kind])}
+    sounds = [p['track'] if 'track' in p else p['audio'] for p in parts if p['type'] == 'audio' or 'track' in p]
+    told = told | enc.told | {'fps': enc.processor.video_processor.fps, 'sampling_rate': enc.rate}
+    if not enc.special(text): told['add_special_tokens'] = False
+    return enc.processor(text=[text], **seen, audio=sounds, return_tensors='pt', **told)
 
 # %% ../../nbs/forest/07_context.ipynb #189fce92
 def process(
@@ -323,7 +351,8 @@ def process(
     told = {'video_metadata': [clips], **({'do_sample_frames': False} if enc.picks else {})} if clips else {}      # they were sampled when they were read
     options = {'processor_kwargs': told} if enc.takes_media else {}
     options |= dict(tokenize=True, return_dict=True, return_tensors='pt', **sample.template)
-    read = lambda chat: sort_outputs(enc.render(chat, True, **options), sample)
+    heard = any(d.track is not None for d in media)
+    read = lambda chat: sort_outputs(with_sound(enc, chat, told, sample) if heard else enc.render(chat, True, **options), sample)
     ids, tensors, extras = read(chat)
     if media and not tensors:
         raise EncodeError(sample, f'{type(enc.processor).__name__} made nothing of {len(media)} media; expected a processor that takes them')
@@ -466,7 +495,7 @@ def prompt(
     if head is not None: return head.then(raw[cut:], text, keys)
     ids, tensors, extras = process(enc, chat, media, sample)
     if not cut and not media: learn(enc, text, ids == raw and not tensors, extras)
-    whole = Context(ids, {} if enc.ruler else tensors, extras, rope_positions(enc.model, torch.tensor(ids), tensors, extras), text, keys)
+    whole = Context(ids, {} if enc.ruler else tensors, extras, rope_positions(enc.model, torch.tensor(ids), tensors, extras, enc.told), text, keys)
     if cut and (head := whole.head(len(ids) - len(raw[cut:]), raw[cut:])) is not None:
         enc._heads.make(name, lambda: head)
         compare(enc, kind, head, media)

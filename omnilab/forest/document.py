@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['spelled', 'page', 'document', 'whole']
 
-# %% ../../nbs/forest/09_document.ipynb #f2945851
+# %% ../../nbs/forest/09_document.ipynb #6db35e47
 import json
 from dataclasses import replace
 import torch
@@ -14,7 +14,7 @@ from .context import Encoder, conversation, last_in, longer, process, rope_posit
 from .template import EncodeError
 from .tree import Row
 
-# %% ../../nbs/forest/09_document.ipynb #c39f1e32
+# %% ../../nbs/forest/09_document.ipynb #8e3de317
 def spelled(
     enc:Encoder, # with its processor
     kind:str, # 'image', 'audio' or 'video'
@@ -37,7 +37,7 @@ def page(
     cases = ''.join(f"{{%- elif p['type'] == '{k}' -%}}{{{{- {json.dumps(spelled(enc, k, sample), ensure_ascii=False)} -}}}}" for k in kinds)
     return "{%- for p in messages[0]['content'] -%}{%- if p['type'] == 'text' -%}{{- p['text'] -}}" + cases + '{%- endif -%}{%- endfor -%}'
 
-# %% ../../nbs/forest/09_document.ipynb #998e6195
+# %% ../../nbs/forest/09_document.ipynb #bf5b38ff
 def document(
     enc:Encoder, # with its processor
     sample:Sample, # a document
@@ -62,5 +62,5 @@ def whole(
     if ids[-1] != end: ids, extras = [*ids, end], {k: longer(v, 1) for k, v in extras.items()}
     row = torch.tensor(ids)
     target = ~torch.isin(row, torch.tensor(sorted(enc.placeholders), dtype=torch.long)) & (torch.arange(len(row)) > 0)
-    keys = tuple(d.key for d in media)
-    return Row(row, target, tensors, keys, last_in(ids, enc.placeholders) if media else 0, rope_positions(enc.model, row, tensors, extras), extras, sample)
+    keys, places = tuple(d.key for d in media), rope_positions(enc.model, row, tensors, extras, enc.told)
+    return Row(row, target, tensors, keys, last_in(ids, enc.placeholders) if media else 0, places, extras, sample)

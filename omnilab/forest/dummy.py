@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['medium', 'dummy', 'dummies', 'complete']
 
-# %% ../../nbs/forest/14_dummy.ipynb #32eec0eb
+# %% ../../nbs/forest/14_dummy.ipynb #6918d2ee
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 import numpy as np
@@ -18,7 +18,7 @@ from .context import Encoder
 from .encode import EncodeError, encode
 from .tree import Row, Tree, forest
 
-# %% ../../nbs/forest/14_dummy.ipynb #c9d1d5fd
+# %% ../../nbs/forest/14_dummy.ipynb #86627d93
 def medium(
     kind:str, # image, audio or video
     seed:int=0, # of its content
@@ -28,10 +28,10 @@ def medium(
     rng = np.random.default_rng(seed)
     tone = lambda: Audio(.3 * np.sin(2 * np.pi * (400 + 100 * seed) * np.arange(int(8000 * seconds)) / 8000), 8000)
     picture = lambda: np.kron(rng.integers(0, 255, (8, 8, 3)), np.ones((8, 8, 1))).astype(np.uint8)         # 64 × 64 in blocks
-    make = dict(image=lambda: Image.fromarray(picture()), audio=tone, video=lambda: Video(np.stack([picture() for _ in range(4)]), 2.))
+    make = dict(image=lambda: Image.fromarray(picture()), audio=tone, video=lambda: Video(np.stack([picture() for _ in range(4)]), 2., tone()))
     return Part(kind, make[kind]())
 
-# %% ../../nbs/forest/14_dummy.ipynb #0014c606
+# %% ../../nbs/forest/14_dummy.ipynb #74f1c4b6
 def dummy(
     kind:str, # image, audio or video
     enc:Encoder, # with the model's processor
@@ -42,7 +42,7 @@ def dummy(
     tree, = forest([ready(replace(row, target=torch.zeros_like(row.target)))])
     return tree
 
-# %% ../../nbs/forest/14_dummy.ipynb #3c9979db
+# %% ../../nbs/forest/14_dummy.ipynb #87bc9cae
 def dummies(
     packs:Iterable[Pack]|None, # of a dataset; None: of a stream, nobody knows what comes
     enc:Encoder, # with the model's processor
@@ -58,7 +58,7 @@ def dummies(
         raise ValueError(f'{", ".join(lost)}: no dummy holds this input, so processes could wait for each other ({why})')
     return out
 
-# %% ../../nbs/forest/14_dummy.ipynb #16093fe9
+# %% ../../nbs/forest/14_dummy.ipynb #f26e6f53
 def complete(
     pack:Pack, # of a step
     dummies:list[Tree], # of its dataset

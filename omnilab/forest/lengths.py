@@ -160,7 +160,9 @@ class Ruler:
     right:dict[tuple, bool] = field(default_factory=dict)           # surroundings -> came out the same
     said:Counter = field(default_factory=Counter)                   # heads by arithmetic, and by the processor
 
-    def __call__(self, part:Part, rate:int, name:Callable, picks:Callable|None)->Medium: return blank(part, rate, name, picks)
+    def __call__(self, part:Part, rate:int, name:Callable, picks:Callable|None, track:bool=False)->Medium: # as `read_part`
+        if track and part.type == 'video': raise Untold('sounds in films')
+        return blank(part, rate, name, picks)
 
     def size(self, d:Medium)->tuple: # all that a processor may ask of a medium but its content
         return d.part.type, d.value.size if d.part.type == 'image' else d.value.shape, repr(d.meta)

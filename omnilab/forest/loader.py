@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Source', 'Ready', 'Ticket', 'handle', 'share', 'counts', 'interleave', 'Mixture', 'drawn', 'order', 'Loader', 'Lane',
-           'Stream']
+           'Runs', 'Stream']
 
 # %% ../../nbs/forest/16_loader.ipynb #84ae4978
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import groupby
 from typing import Any
 import numpy as np
 from torch import Tensor
@@ -192,7 +193,9 @@ class Lane:
         at, held = start['at'], list(held)
         while len(held) < self.window and (row := next(rows, None)): at, held = row[0] + 1, held + [(row[0], k, t) for k, t in enumerate(self.trees(row[1]))]
         over = len(held) < self.window
-        if over and not held and not start['at']: raise ValueError(f'lane {self.shard[0]} of {self.shard[1]}: no rows to learn from; expected one in each lane')
+        if over and not held and not start['at']:
+            j, lanes, first = *self.shard, self.shard[0] * getattr(self.source, 'size', 1)
+            raise ValueError(f'lane {j} of {lanes}: no rows to learn from; expected one in each lane, and this one begins at row {first}')
         go = [[side[k] for k in b] for side in apart([t for *_, t in held])
               for b in (exact if over else ripe)([len(held[i][2]) for i in side], self.max_length)]
         mixed = np.random.default_rng([self.seed, start['epoch'], at, self.shard[0]]).permutation(len(go))
@@ -214,6 +217,19 @@ class Lane:
         out, self._packs[self.used] = Handle(self._packs[self.used]), None       # whoever takes it keeps it
         self.used += 1
         return out
+
+# %% ../../nbs/forest/16_loader.ipynb #964ea810
+class Runs:
+    "A stream whose pieces are runs of neighbouring rows."
+    def __init__(self,
+        source:Source, # of rows, that takes shard=(i, n, run)
+        size:int, # rows of a run
+    ): self.source, self.size = source, size
+
+    def __call__(self, start:int=0, shard:tuple[int, int]=(0, 1)): # yields (first place of a run, its rows)
+        n = self.size
+        rows = self.source(start=-(-start // n) * n, shard=(shard[0] * n, shard[1] * n, n))
+        for k, run in groupby(rows, lambda r: r[0] // n): yield k * n, [x for _, x in run]
 
 # %% ../../nbs/forest/16_loader.ipynb #69de903d
 class Stream:

@@ -69,6 +69,7 @@ def separate(
     model:nn.Module, # a generating model
     rows:list[Row], # some rows
     pad:int=0, # tokens of padding behind each
+    told:dict|None=None, # what the model must be told to find places itself, see `models.options`
 )->tuple[list[Tensor], dict[str, Tensor]]: # logits at the sources of each row [m, vocabulary]; gradients of the summed loss
     "Rows one by one."
     fresh(model)
@@ -79,7 +80,7 @@ def separate(
         at = row.target.nonzero()[:, 0].to(model.device)
         cast = lambda v: v.to(model.device, model.dtype if v.is_floating_point() and v.dtype.itemsize < 4 else v.dtype)
         inputs = {k: cast(v) for k, v in alone(row, pad).items()}
-        x = model(**inputs, use_cache=False).logits[0, at - 1].float()
+        x = model(**inputs, **(told or {}), use_cache=False).logits[0, at - 1].float()
         nn.functional.cross_entropy(x, inputs['input_ids'][0, at], reduction='sum').backward()
         logits.append(x.detach())
     return logits, gradients(model)
@@ -156,11 +157,12 @@ def in_float32(
 def layouts(
     model:nn.Module, # in evaluation mode, gradients on
     rows:list[Row], # some rows
+    told:dict|None=None, # as in `separate`
 )->list[tuple]: # what `separate` gives; the first is the reference
     "Ways of computing rows apart that should agree."
-    out = [separate(model, rows), separate(model, rows, pad=5)]
+    out = [separate(model, rows, told=told), separate(model, rows, 5, told)]
     with in_float32(model) as low:
-        if low: out.append(separate(model, rows))
+        if low: out.append(separate(model, rows, told=told))
     return out
 
 # %% ../../nbs/objectives/02_exact.ipynb #8e41c7c8
@@ -168,9 +170,10 @@ def check_forest(
     model:nn.Module, # in evaluation mode, gradients on
     rows:list[Row], # some rows
     noise:float=0., # that is known already
+    told:dict|None=None, # as in `separate`
 )->tuple[list[Finding], float]: # what was found; the noise of logits
     "Is a forest the same as separate rows?"
-    (ref, ref_grads), *others = layouts(model, rows)
+    (ref, ref_grads), *others = layouts(model, rows, told)
     (logits, grads, head, _), known = together(model, rows), noise
     fine = max(1e-5, 4 * torch.finfo(model.dtype).eps)
     least = max(fine, 4e-4) if recurrent_layers(model) else fine     # where a node begins decides how the delta rule is cut into chunks

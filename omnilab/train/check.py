@@ -6,7 +6,7 @@
 __all__ = ['talk', 'probes', 'Report', 'encode_probes', 'check_tokens', 'check_longer', 'check_reach', 'continued',
            'together_logits', 'check_generation', 'check']
 
-# %% ../../nbs/train/08_check.ipynb #e0e7a531
+# %% ../../nbs/train/08_check.ipynb #03719a97
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from html import escape
@@ -26,7 +26,7 @@ from ..objectives.exact import Finding, by_part, check_forest, draw_findings, fa
 from ..objectives.score import Scorer
 from .reach import reach
 
-# %% ../../nbs/train/08_check.ipynb #8b7d070f
+# %% ../../nbs/train/08_check.ipynb #33e8d166
 def talk(name:str, *texts)->Sample: # who speaks changes with each
     "A conversation, named after what it tests."
     return Sample([Message(('user', 'assistant')[i % 2], t) for i, t in enumerate(texts)], origin=name)
@@ -45,7 +45,7 @@ def probes(
     if len(media) > 1: out.append(talk(' + '.join(media), [*media.values(), text(what)], 'two'))
     return out + [talk(f'text → {k}', what, [text('here'), medium(k, 1)]) for k in ('image', 'audio', 'video') if k in gives]
 
-# %% ../../nbs/train/08_check.ipynb #964632c7
+# %% ../../nbs/train/08_check.ipynb #11558600
 @dataclass
 class Report:
     "What a check found."
@@ -59,7 +59,7 @@ class Report:
     def _repr_html_(self): return html_table(self.lines()) + f'<b>{escape(self.name)}: {"all is well" if self.ok else "not fit to train as it is"}</b>'
     def draw(self, ax=None): return draw_findings(self.findings, ax)
 
-# %% ../../nbs/train/08_check.ipynb #0419b04f
+# %% ../../nbs/train/08_check.ipynb #1dc6ab32
 def encode_probes(
     samples:list[Sample], # probes
     enc:Encoder, # with the model's processor
@@ -71,7 +71,7 @@ def encode_probes(
         except EncodeError as e: refused.append(Finding('rows can be encoded', s.origin, False, note=e.problem.message))
     return rows, refused
 
-# %% ../../nbs/train/08_check.ipynb #d7112271
+# %% ../../nbs/train/08_check.ipynb #952829d1
 def check_tokens(
     rows:list[tuple[Row, int]], # with the index of the message that they learn
     model:nn.Module, # whose generation stops
@@ -90,7 +90,7 @@ def check_tokens(
     words = {'prompt': 'prompts of training are those of generation', 'text': 'answers read as they were written', 'stop': 'answers end with a stop token'}
     return [Finding(words[w], f'{len(rows)} rows', not found, note=', '.join(found)) for w, found in wrong.items()]
 
-# %% ../../nbs/train/08_check.ipynb #3949a99b
+# %% ../../nbs/train/08_check.ipynb #0b867351
 def check_longer(
     model:nn.Module, # in evaluation mode, gradients on
     enc:Encoder, # with its processor
@@ -105,12 +105,12 @@ def check_longer(
         if n > most: say('not tried on so many tokens; a twin is asked for less'); continue
         pairs, refused = encode_probes([talk(name, long + 'what is this ?', 'one of them'), talk(name, long + 'how many ?', 'two')], enc)
         if refused: say(f'refused: {refused[0].note}'); continue
-        try: found, _ = check_forest(model, [r for r, _ in pairs], noise)
+        try: found, _ = check_forest(model, [r for r, _ in pairs], noise, enc.told)
         except ValueError as e: say(f'refused: {" ".join(str(e).split())}')
         else: out += [replace(f, part=f'{f.part}, rows beyond {n}') if f.part != name else f for f in found if f.what != 'head is caught']
     return out
 
-# %% ../../nbs/train/08_check.ipynb #540e7d48
+# %% ../../nbs/train/08_check.ipynb #3fec0780
 def check_reach(
     model:nn.Module, # a generating model
     grads:dict[str, Tensor], # of rows of everything, name -> gradient
@@ -129,7 +129,7 @@ def check_reach(
         out.append(Finding('gradient reaches', part, len(idle) < len(params) or idles.get(part, False), note=note))
     return out
 
-# %% ../../nbs/train/08_check.ipynb #de09df5f
+# %% ../../nbs/train/08_check.ipynb #caf8e61e
 def continued(
     row:Row, # a prompt with some answer
     new:list[int], # generated tokens
@@ -148,7 +148,7 @@ def together_logits(model:nn.Module, rows:list[Row])->list[Tensor]: # at the sou
     packs = packed(model, rows)
     return in_rows(rows, packs, [model(**p.model_inputs()).logits[0].float() for p in packs])
 
-# %% ../../nbs/train/08_check.ipynb #30f84663
+# %% ../../nbs/train/08_check.ipynb #50439286
 def check_generation(
     model:nn.Module, # a generating model
     enc:Encoder, # with its processor
@@ -166,7 +166,7 @@ def check_generation(
     least = max(1e-4, 4 * torch.finfo(model.dtype).eps)
     return within('log-probabilities: generation = training', f'{len(last)} answers', error, 2 * noise, least)
 
-# %% ../../nbs/train/08_check.ipynb #d11ec2b4
+# %% ../../nbs/train/08_check.ipynb #d243c17a
 def check(
     model:nn.Module, # a twin, or the model itself; with attention 'forest'
     processor:Any, # its processor, or its tokenizer where it has no other
@@ -185,7 +185,7 @@ def check(
     try:
         findings += check_tokens(pairs, model, enc)
         with evaluating(model), torch.enable_grad():
-            found, noise = check_forest(model, rows)
+            found, noise = check_forest(model, rows, told=enc.told)
             grads, (idle, _) = gradients(model), reach(Scorer(model, entropy=False), packed(model, rows))
             findings += found + check_reach(model, grads, {n.removeprefix('model.') for n in idle}, some[0]) + check_longer(model, enc, noise)
         findings.append(check_generation(model, enc, pairs, noise))

@@ -99,8 +99,8 @@ def reader(
     loaded, # model and processor
     recipe:SFTRecipe, # its `data` and `train.max_length`
     tell:Callable[[str], None], # what was left out or changed
-)->Callable: # Sample or Problem -> trees
-    "A row of a stream as trees."
+)->Callable: # list of Sample or Problem -> trees
+    "Neighbours in a stream as trees."
     from copy import deepcopy
     from omnilab.data.samples import Problem
     from omnilab.forest.bins import fitted
@@ -108,10 +108,12 @@ def reader(
     from omnilab.forest.encode import EncodeError, encode
     from omnilab.forest.tree import forest
     d, size, enc = recipe.data, recipe.train.max_length, Encoder(deepcopy(loaded.processor), loaded.model)     # a tokenizer serves one thread
-    def trees(x):
-        bad, rows = [x] if isinstance(x, Problem) else [], []
-        try: rows = [] if bad else encode(add_system(x, d.system), enc, which=d.turns)
-        except EncodeError as e: bad = [e.problem]
+    def trees(run):
+        bad, rows = [], []
+        for x in run:
+            if isinstance(x, Problem): bad.append(x); continue
+            try: rows += encode(add_system(x, d.system), enc, which=d.turns)
+            except EncodeError as e: bad.append(e.problem)
         out, long, changed = fitted(forest(rows, d.merge, max_length=size), size, d.oversize)
         if d.on_error == 'raise' and (fatal := bad + long * (d.oversize != 'skip')): raise ValueError(str(fatal[0]))
         for said, lines in (('left out', bad + long), ('changed', changed)):
@@ -159,14 +161,17 @@ def feed(
 ): # forest.loader.Loader or Stream
     "Where steps come from."
     from omnilab.data.cards import stream_rows
-    from omnilab.forest.loader import Loader, Stream
+    from omnilab.forest.loader import Loader, Runs, Stream
     t, d, told = recipe.train, recipe.data, files(recipe)
     here = dict(seed=t.seed, rank=acc.process_index, world=acc.num_processes)
     if packs is not None: return Loader(packs, **here)
     weights = {n: d.mixture[p] for n, p in told.items()} if d.mixture else None
     tell = lambda line: print(line, file=sys.stderr)                 # each process reads other rows
-    return Stream({n: partial(stream_rows, p) for n, p in told.items()}, reader(loaded, recipe, tell), t.max_length, t.packs, weights, d.window, **here)
+    runs = max(1, d.window // 8) if d.merge else 1                    # a window holds several of them, so that their trees are shuffled
+    sources = {n: Runs(partial(stream_rows, p), runs) for n, p in told.items()}
+    return Stream(sources, reader(loaded, recipe, tell), t.max_length, t.packs, weights, d.window, **here)
 
+# %% ../../nbs/train/05_feed.ipynb #a1416e74
 def company(
     loaded, # model and processor
     packs, # what to learn from; None: a stream

@@ -55,8 +55,10 @@ def refuse(
     "One line for what can't be done on this machine."
     if not sharded(kind): return
     t, name = recipe.train, str(kind).rpartition('.')[2]
-    wrong = {'data.test: answers cannot be generated from divided weights; expected none here, and omnilab eval afterwards': recipe.data.test,
+    wrong = {'its checkpoints are not written yet; expected fsdp2': name == 'DEEPSPEED',
+             'data.test: answers cannot be generated from divided weights; expected none here, and omnilab eval afterwards': recipe.data.test,
              f'train.optimizer = {t.optimizer!r}: expected adamw': t.optimizer != 'adamw',
+             'adapter.kind = lisa: expected another': recipe.adapter.kind == 'lisa',
              'model.quantize: quantised weights cannot be divided; expected none': recipe.model.quantize != 'none',
              'train.compile: expected false': t.compile}
     for said, so in wrong.items():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from ..forest.loader import Ticket, share
 from .reach import settle
+from ..tune.galore import InBackward
 
 # %% ../../nbs/train/01_loop.ipynb #a9ece303
 @dataclass
@@ -39,8 +40,12 @@ class Run:
     stop:bool = False                # a callback may set it: end after this step
     kept:dict = field(default_factory=dict) # what callbacks remember, by name: numbers and tensors; goes into checkpoints
 
+    inside:InBackward|None = None    # moves parameters in the backward pass; one pack a step, one process
+
     @property
     def model(self): return self.accelerator.unwrap_model(self.scorer).model
+    @property
+    def handles(self): return [p for o in self.optimizers for g in o.param_groups for p in g['params'] if hasattr(p, 'layer')]    # of weights in bytes
 
 # %% ../../nbs/train/01_loop.ipynb #cf1b698d
 def accelerator(
@@ -96,8 +101,11 @@ def gradients(
         waited += time.perf_counter() - began
         with acc.no_sync(run.scorer) if i + 1 < len(mine) else nullcontext():
             pack = (pack if alone else run.complete(pack)).to(acc.device)
-            loss, metrics = run.objective(run.scorer(pack), pack, total)
-            acc.backward(loss * live * acc.num_processes)
+            def go(): # forward and backward
+                loss, metrics = run.objective(run.scorer(pack), pack, total)
+                acc.backward(loss * live * acc.num_processes)
+                return metrics
+            metrics = run.inside.run(go) if run.inside else go()
         if ticket.name: metrics |= {f'loss/{ticket.name}': metrics['loss']}
         for k, v in metrics.items(): sums[k] = sums.get(k, 0) + v * live
     return sums, waited
@@ -119,14 +127,13 @@ def one_step(
     began = time.perf_counter()
     group = run.data.take(run.packs)
     waited, held = time.perf_counter() - began, holds(run, group)
+    factor = run.schedule(run.step)
+    for g in (g for opt in run.optimizers for g in opt.param_groups): g['lr'] = g['initial_lr'] * factor
     sums, loading = gradients(run, group, held.pop('size'))
     metrics = means(sums, run.accelerator)
     if not math.isfinite(metrics['loss']): raise FloatingPointError(f'step {run.step + 1}: the loss is {metrics["loss"]}; weights are as before the step')
-    norm = run.accelerator.clip_grad_norm_(run.scorer.parameters(), run.clip or torch.inf)
-    factor = run.schedule(run.step)
-    for opt in run.optimizers:
-        for g in opt.param_groups: g['lr'] = g['initial_lr'] * factor
-        opt.step(); opt.zero_grad()
+    norm = run.inside.norm() if run.inside else run.accelerator.clip_grad_norm_([*run.scorer.parameters(), *run.handles], run.clip or torch.inf)
+    for opt in run.optimizers: opt.step(); opt.zero_grad()
     metrics |= {f'share/{n}': held.pop(n) / held['tokens'] for n in run.data.names}
     metrics |= {'grad_norm': float(norm), 'lr': run.optimizers[-1].param_groups[0]['lr'], 'epoch': run.data.epoch, **held}
     return metrics | {'time': {'seconds': time.perf_counter() - began, 'wait': waited + loading}}

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 from ..tune.apollo import Apollo
 from ..tune.galore import GaLore
-from ..tune.qgalore import QGaLore
+from ..tune.qgalore import QGaLore, to_int8
 
 # %% ../../nbs/train/12_optim.ipynb #eb7ab2fa
 def schedule(
@@ -80,8 +80,8 @@ def of_matrices(
 )->Optimizer: # for matrices inside the network
     "The optimiser of a kind."
     if kind == 'muon': return Muon(params, lr, adjust_lr_fn='match_rms_adamw')
-    known = GaLore.__init__ if kind == 'qgalore' else LOW_RANK[kind].__init__       # qgalore hands on
-    if odd := sorted(options.keys() - signature(known).parameters.keys()): raise ValueError(f'galore.{odd[0]}: {kind} has no such setting')
+    known = [k for c in {LOW_RANK[kind], GaLore} if issubclass(LOW_RANK[kind], c) for k in signature(c.__init__).parameters]     # qgalore hands on to galore
+    if odd := sorted({*options} - {*known}): raise ValueError(f'galore.{odd[0]}: {kind} has no such setting')
     return LOW_RANK[kind](params, lr, betas=(.9, beta2), **options)
 
 # %% ../../nbs/train/12_optim.ipynb #0ab93464
@@ -93,7 +93,7 @@ def optimizers(
     beta2:float=.95, # AdamW: memory of the squared gradient
     lr_scale:dict[str, float]|None=None, # pattern -> factor on lr; a later pattern overrides an earlier one
     part:Callable[[str], str]|None=None, # see `fits`
-    options:dict|None=None, # of galore, qgalore, apollo
+    options:dict|None=None, # of galore, qgalore, apollo; `int8` puts qgalore's matrices into bytes, in the model
 )->list[Optimizer]: # one or two
     "The optimisers of a run."
     if kind not in ('adamw', 'muon', *LOW_RANK): raise ValueError(f'optimizer {kind!r}: expected adamw, muon, {", ".join(LOW_RANK)}')
@@ -104,6 +104,7 @@ def optimizers(
     ends = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}
     inner = {f'{n}.weight' for n, m in model.named_modules() if isinstance(m, nn.Linear)} if kind != 'adamw' else set()
     inside = {n: p for n, p in params.items() if n in inner and id(p) not in ends and p.dim() == 2}
-    rest = {n: p for n, p in params.items() if n not in inside}
-    made = [of_matrices(kind, groups(inside, lr, weight_decay, scale), lr, beta2, options or {})] if inside else []
+    rest, options = {n: p for n, p in params.items() if n not in inside}, dict(options or {})
+    if kind == 'qgalore' and options.pop('int8', False): inside = dict(zip(inside, to_int8(model, [n.removesuffix('.weight') for n in inside])))
+    made = [of_matrices(kind, groups(inside, lr, weight_decay, scale), lr, beta2, options)] if inside else []
     return made + ([AdamW(groups(rest, lr, weight_decay, scale), lr, (.9, beta2), fused=True)] if rest else [])

@@ -61,7 +61,7 @@ class DataArgs:
     towers:bool = opt(False, 'what frozen towers and projectors make of media is made once and kept, instead of in every step; '
                              'for models whose forward takes it (mm_encoder_outputs)')
     packing:Literal['exact', 'window', 'balanced', 'ordered', False] = opt('exact', 'exact: fullest; balanced: even work; false: one tree a pack')
-    window:Count = opt(256, 'trees that are held, where packs are made by a window or from a stream')
+    window:Count = opt(256, 'trees that are held, where packs are made by a window or from a stream; rows of a stream are merged in runs of an eighth of it')
     oversize:Literal['refuse', 'skip', 'split', 'truncate'] = opt('refuse', 'a tree longer than a pack; split: a document in pieces; truncate: without its end')
     eval_rows:Whole = opt(64, 'held-out rows that are answered at each evaluation; 0: all')
     max_new_tokens:Count = opt(256, 'tokens of an answer at most')
@@ -71,7 +71,7 @@ class DataArgs:
 class MediaArgs:
     "What the model sees and hears: options of its own processor, saved with it and used wherever it is loaded again."
     image:dict[str, Any] = opt({}, 'of the part for images, such as max_pixels')
-    video:dict[str, Any] = opt({}, 'of the part for clips, such as fps, num_frames, max_frames')
+    video:dict[str, Any] = opt({}, 'of the part for clips, such as fps, num_frames, max_frames; use_audio_in_video: hear their sound, too (Qwen Omni)')
     audio:dict[str, Any] = opt({}, 'of the part for sounds, such as chunk_length')
     processor:dict[str, Any] = opt({}, 'of the processor itself')
 
@@ -139,6 +139,8 @@ class GaLoreArgs:
     inner:Literal['adamw', 'adamw8bit', 'adafactor']|None = opt(None, 'galore, qgalore: what runs in the remembered directions')
     moments:Literal['rotate', 'keep', 'reset']|None = opt(None, 'galore, qgalore: what becomes of moments at new directions')
     per:Literal['channel', 'tensor']|None = opt(None, 'apollo: a factor for each channel, or one for a matrix')
+    per_layer:bool = opt(False, 'a matrix moves in the backward pass, and its gradient is freed; with train.clip in two passes; one process, train.packs 1')
+    int8:bool = opt(False, 'qgalore: matrices are held in bytes and rounded at random; saved as ordinary weights; one process')
 
 # %% ../../nbs/train/00_recipe.ipynb #381b69b5
 @dataclass

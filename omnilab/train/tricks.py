@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 import torch
 from torch import Tensor, nn
+from .checkpoint import divided
 from .loop import Run
 
 # %% ../../nbs/train/15_tricks.ipynb #0a2c15bf
@@ -29,7 +30,7 @@ class EMA:
 
     def on_start(self, run:Run):
         old = run.kept.get('ema', {n: p.detach() for n, p in trained(run.model).items()})
-        run.kept['ema'] = {n: old[n].to(p.device, torch.float32, copy=True) for n, p in trained(run.model).items()}
+        run.kept['ema'] = {n: divided(old[n], p).to(p.device, torch.float32, copy=True) for n, p in trained(run.model).items()}
     def on_step(self, run:Run):
         keep = min(self.decay, (1 + run.step) / (10 + run.step))
         for n, p in trained(run.model).items(): run.kept['ema'][n].lerp_(p.detach().float(), 1 - keep)

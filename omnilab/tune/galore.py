@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'ROOTS', 'INNER', 'CARRY', 'wide', 'exact', 'subspace', 'adam', 'adafactor', 'pad0', 'pack8', 'unpack8',
-           'adam8', 'carry', 'LowRank', 'GaLore', 'state_bytes', 'theory', 'InBackward']
+           'adam8', 'carry', 'whole', 'local', 'mine', 'LowRank', 'GaLore', 'state_bytes', 'theory', 'InBackward']
 
 # %% ../../nbs/tune/01_galore.ipynb #3c2e3cbf
 from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 # %% ../../nbs/tune/01_galore.ipynb #a9107726
@@ -128,6 +128,17 @@ def carry(
         if how == 'reset': del state[k]
         elif k in turned: state[k] = turned[k] @ state[k]
 
+# %% ../../nbs/tune/01_galore.ipynb #b5a7976e
+def whole(x:Tensor)->Tensor: return x.full_tensor() if isinstance(x, DTensor) else x        # gathered, where processes hold parts of it
+def local(x:Tensor)->Tensor: return x.to_local() if isinstance(x, DTensor) else x           # this process' part, a view
+
+def mine(
+    update:Tensor, # of a whole matrix, the same in every process
+    p:Tensor, # the matrix, perhaps in parts
+)->Tensor: # for this process' part
+    "What of an update falls here; nothing is sent."
+    return distribute_tensor(update.contiguous(), p.device_mesh, p.placements, src_data_rank=None).to_local() if isinstance(p, DTensor) else update
+
 # %% ../../nbs/tune/01_galore.ipynb #067a136d
 class LowRank(Optimizer):
     "A torch optimiser of matrices; a subclass gives the `direction` of one matrix."
@@ -153,15 +164,14 @@ class LowRank(Optimizer):
         loss = closure and torch.enable_grad()(closure)()
         for group in self.param_groups:
             for p in (p for p in group['params'] if p.grad is not None):
-                if isinstance(p, DTensor): raise NotImplementedError(f'{type(self).__name__} sees whole matrices; expected DDP or one process, not FSDP2')
                 state = self.state[p]
                 state['step'] = state.get('step', torch.tensor(0.)) + 1
-                self.move(p, self.direction(wide(p.grad).float(), state, group), group)
+                self.move(p, self.direction(wide(whole(p.grad)).float(), state, group), group)
         return loss
 
     def move(self, p:Tensor, update:Tensor, group:dict):
-        p.mul_(1 - group['lr'] * group['weight_decay'])
-        wide(p).sub_(group['lr'] * update)
+        update = mine(update.T if p.shape[0] >= p.shape[1] else update, p)
+        local(p).mul_(1 - group['lr'] * group['weight_decay']).sub_(group['lr'] * update)
 
     def load_state_dict(self, state:dict):
         super().load_state_dict(state)
@@ -230,31 +240,54 @@ class InBackward:
     "Moves each parameter in the last backward pass of a step, and frees its gradient."
     def __init__(self,
         optimizers:Iterable[Optimizer], # of any kind
-        clip:float=0., # largest norm of the gradient of each parameter on its own; 0: not clipped
+        clip:float=0., # largest norm of all gradients together, measured in a pass before; 0: not clipped
+        model:nn.Module|None=None, # whose buffers two passes must not change
     ):
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise ValueError('updates in the backward pass come before gradients are averaged; expected one process')
-        self.optimizers, self.clip, self.last = list(optimizers), clip, True
-        def when(o, i): return lambda p: self.update(o, i, p) if self.last else None
+        self.optimizers, self.clip, self.model, self.last, self.measuring, self.factor, self.norms = list(optimizers), clip, model, True, False, 1., {}
+        def when(o, i): return lambda p: self.seen(o, i, p) if self.last else None
         self.hooks = [p.register_post_accumulate_grad_hook(when(o, i))
                       for o in self.optimizers for i, g in enumerate(o.param_groups) for p in g['params']]
 
+    def seen(self, optimizer:Optimizer, i:int, p:nn.Parameter):
+        "A gradient is complete."
+        if p in self.norms: raise RuntimeError(f'a parameter of shape {list(p.shape)} gets its gradient in several pieces; expected one a pass')
+        self.norms[p] = p.grad.norm()
+        if not self.measuring: self.update(optimizer, i, p)
+        p.grad = None
+
     def update(self, optimizer:Optimizer, i:int, p:nn.Parameter):
         "One parameter's step, as if it were the only one."
-        norm = nn.utils.clip_grad_norm_([p], self.clip or torch.inf)
-        if not torch.isfinite(norm): raise FloatingPointError(f'a gradient of shape {list(p.shape)} is not finite; expected finite numbers')
+        if not torch.isfinite(p.grad.norm()): raise FloatingPointError(f'a gradient of shape {list(p.shape)} is not finite; expected finite numbers')
+        p.grad.mul_(self.factor)
         groups = optimizer.param_groups
         optimizer.param_groups = [{**groups[i], 'params': [p]}]
         try: optimizer.step()
         finally: optimizer.param_groups = groups
-        p.grad = None
+
+    def versions(self)->list[int]: return [b._version for b in self.model.buffers()] if self.model else []     # one more with every change
+    def norm(self)->Tensor: # of all gradients of the last pass, added up in the order of `clip_grad_norm_`, or bits would differ
+        known = [p for p in (self.model.parameters() if self.model else ()) if p in self.norms]
+        return torch.linalg.vector_norm(torch.stack([self.norms[p] for p in dict.fromkeys([*known, *self.norms])]))
+
+    def run(self, f:Callable): # f: forward and backward of a step's only batch; what it gives
+        "A step; the passes that it needs."
+        self.norms, old = {}, self.versions()
+        if self.clip:
+            with torch.random.fork_rng(): self.measuring = True; f()
+            if old != self.versions(): raise ValueError('the forward pass changes buffers, and would do so twice; expected no clipping')
+            if not torch.isfinite(norm := self.norm()): raise FloatingPointError(f'the norm of the gradient is {norm}; weights are as before the step')
+            self.measuring, self.factor, self.norms = False, (self.clip / (norm + 1e-6)).clamp(max=1), {}
+        return f()
 
     def step(self):
         "What the last backward pass didn't reach."
         for o in self.optimizers:
             for i, g in enumerate(o.param_groups):
                 for p in g['params']:
-                    if p.grad is not None: self.update(o, i, p)
+                    if p.grad is not None: self.update(o, i, p); p.grad = None
+        self.norms = {}
 
     def remove(self):
         for h in self.hooks: h.remove()
