@@ -133,7 +133,7 @@ def part_of(
     model, # plain or with adapters
 )->Callable[[str], str]: # name of a parameter -> vision, audio, projector, language or head
     "Which part of a model each of its parameters belongs to."
-    from omnilab.tune.adapters import group_of, prefixes
+    from omnilab.tune.targets import group_of, prefixes
     where = prefixes(model.get_base_model() if hasattr(model, 'get_base_model') else model)
     return lambda name: group_of(name.removeprefix('base_model.model.'), where)
 

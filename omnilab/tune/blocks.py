@@ -9,7 +9,7 @@ __all__ = ['LAST', 'silence', 'places', 'renumber', 'expand', 'same']
 from copy import deepcopy
 import torch
 from torch import nn
-from .adapters import AdapterError, share
+from .targets import AdapterError, share
 
 # %% ../../nbs/tune/07_blocks.ipynb #b2a8900b
 LAST = ('o_proj', 'out_proj', 'down_proj', 'dense', 'fc2', 'c_proj', 'wo', 'w2')     # the last matrix of attention, and of the MLP

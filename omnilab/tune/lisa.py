@@ -8,7 +8,7 @@ __all__ = ['awake', 'Lisa']
 # %% ../../nbs/tune/08_lisa.ipynb #dab00928
 import torch
 from torch import nn
-from .adapters import AdapterError
+from .targets import AdapterError
 
 # %% ../../nbs/tune/08_lisa.ipynb #74a070fc
 def awake(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from .adapters import AdapterError
+from .targets import AdapterError
 
 # %% ../../nbs/tune/05_ranks.ipynb #279970ce
 def remember(

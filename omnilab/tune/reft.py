@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from .adapters import ADAPTER_FILES, AdapterError, share
+from .adapters import ADAPTER_FILES
+from .targets import AdapterError, share
 
 # %% ../../nbs/tune/09_reft.ipynb #43f8b29e
 class Edit(nn.Module):

@@ -12,7 +12,8 @@ import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from .adapters import ADAPTER_FILES, AdapterError, check_weights, load_adapter, share
+from .adapters import ADAPTER_FILES, check_weights, load_adapter
+from .targets import AdapterError, share
 
 # %% ../../nbs/tune/06_several.ipynb #b5207c38
 def load_adapters(

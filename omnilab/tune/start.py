@@ -16,7 +16,7 @@ from peft.utils.integrations import dequantize_bnb_weight
 from peft.utils.loftq_utils import _SafetensorLoader
 from torch import Tensor, nn
 from ..forest.recurrent import prepare_recurrent
-from .adapters import AdapterError
+from .targets import AdapterError
 
 # %% ../../nbs/tune/04_start.ipynb #0bf03da0
 def fold(
