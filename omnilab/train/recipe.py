@@ -244,11 +244,12 @@ class Entry(NamedTuple):
 # %% ../../nbs/train/00_recipe.ipynb #4265d459
 def aim(
     text:str, # 'min test/loss'
+    option:str='train.keep_best', # that says it
 )->tuple[str, str]: # 'min' or 'max', and a metric
-    "What `train.keep_best` asks for."
+    "What is best, by an option."
     way, _, name = text.partition(' ')
     if way not in ('min', 'max') or not name or ' ' in name:
-        raise RecipeError(f'train.keep_best = {text!r}: expected min or max and the name of a metric, such as min test/loss')
+        raise RecipeError(f'{option} = {text!r}: expected min or max and the name of a metric, such as min test/loss')
     return way, name
 
 # %% ../../nbs/train/00_recipe.ipynb #3324b4ef

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['trained', 'EMA', 'put', 'averaged', 'on_average', 'EarlyStop', 'strengths', 'noise', 'Noise']
 
-# %% ../../nbs/train/08_tricks.ipynb #4dd4a445
+# %% ../../nbs/train/08_tricks.ipynb #ce13bcb8
 import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from .checkpoint import divided
 from .loop import Run
+from .recipe import aim
 
-# %% ../../nbs/train/08_tricks.ipynb #0a2c15bf
+# %% ../../nbs/train/08_tricks.ipynb #e2370de6
 def trained(
     model:nn.Module, # of a run
 )->dict[str, nn.Parameter]: # by name
@@ -35,7 +36,7 @@ class EMA:
         keep = min(self.decay, (1 + run.step) / (10 + run.step))
         for n, p in trained(run.model).items(): run.kept['ema'][n].lerp_(p.detach().float(), 1 - keep)
 
-# %% ../../nbs/train/08_tricks.ipynb #b04f9831
+# %% ../../nbs/train/08_tricks.ipynb #764cb15e
 def put(
     model:nn.Module, # changed in place
     tensors:dict[str, Tensor], # by name
@@ -62,16 +63,15 @@ def on_average(
         with averaged(run): return f(run)
     return look
 
-# %% ../../nbs/train/08_tricks.ipynb #9649b9fc
+# %% ../../nbs/train/08_tricks.ipynb #1d77a757
 class EarlyStop:
     "End the run when a number no longer gets better."
     def __init__(self,
         watch:str='min test/loss', # min or max, and the name of a metric
         patience:int=3, # evaluations in a row without progress after which the run ends
     ):
-        way, _, self.metric = watch.partition(' ')
+        way, self.metric = aim(watch, 'train.watch')
         self.watch, self.patience, self.sign = watch, patience, 1 if way == 'min' else -1
-        if way not in ('min', 'max') or not self.metric: raise ValueError(f'train.watch = {watch!r}: expected min or max and a metric, such as min test/loss')
 
     def on_start(self, run:Run):
         names = [n for n in run.metrics if '/' in n]
@@ -89,7 +89,7 @@ class EarlyStop:
         over = torch.tensor(float(run.kept['patience']['since'] >= self.patience), device=run.accelerator.device)
         if run.accelerator.reduce(over, 'sum') > 0: run.stop = True
 
-# %% ../../nbs/train/08_tricks.ipynb #68e6ac4e
+# %% ../../nbs/train/08_tricks.ipynb #24253497
 def strengths(
     trees:list, # of a pack
     alpha:float, # NEFTune's
@@ -116,7 +116,7 @@ def noise(
     uniform = 2 * torch.rand(*pack.input_ids.shape, d, generator=g.manual_seed(int.from_bytes(digest[:7]))) - 1
     return uniform * strengths(pack.trees, alpha, d)[None, :, None]
 
-# %% ../../nbs/train/08_tricks.ipynb #e968fc01
+# %% ../../nbs/train/08_tricks.ipynb #b896762a
 class Noise:
     "NEFTune: noise on the embeddings while the model is trained."
     def __init__(self,
