@@ -227,7 +227,9 @@ class Run:
     @property
     def report(self)->Path: return self.folder/'report.html'
     @cached_property
-    def model(self)->Model: return load(self.folder/'model', dtype=self.recipe.model.dtype, device=self.recipe.train.device)
+    def model(self)->Model: # ReFT can't be merged: its adapter, on the base
+        held = self.folder/('adapter' if self.recipe.adapter.kind == 'reft' else 'model')
+        return load(held, dtype=self.recipe.model.dtype, device=self.recipe.train.device)
 
     def command(self, gpus:int=1, output:str='')->str: # for a terminal
         "The line that does the same on several GPUs."

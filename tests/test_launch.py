@@ -70,6 +70,12 @@ def folder(tmp_path_factory):
     return tmp
 
 
+def test_accelerate_itself_starts():
+    "The line of the README: nothing that is installed beside it may break Accelerate's own command."
+    done = subprocess.run([sys.executable, '-m', 'accelerate.commands.accelerate_cli', 'launch', '--help'], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0 and '--config_file' in done.stdout, done.stderr[-500:]
+
+
 @pytest.mark.parametrize('machine, kind', [('cpus', 'lora'), ('fsdp2', 'lora'), ('fsdp2', 'none')])
 def test_as_one_process(folder, machine, kind):
     from omnilab.train.callbacks import read_metrics

@@ -20,8 +20,13 @@ class Bomb(str):
 
 @pytest.fixture(scope='module')
 def ray():
+    "Ray gives its own node 30 seconds to start, which a machine with too much to do doesn't keep."
+    from contextlib import ExitStack
     from omnilab.forest.cluster import connected
-    with connected(cores=2) as cores: yield cores
+    with ExitStack() as stack:
+        try: cores = stack.enter_context(connected(cores=2))
+        except ValueError as e: pytest.skip(f'a local Ray does not start here: {e}')
+        yield cores
 
 
 def test_rows_of_one_process(ray, tmp_path, monkeypatch):

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 TAKES = {'ours': ['image', 'audio', 'video'], 'qwen2_5_vl': ['image', 'video'], 'qwen3_vl': ['image', 'video'], 'gemma3': ['image'],
-         'llava_onevision': ['image', 'video'], 'internvl': ['image'], 'idefics3': ['image'], 'llama4': ['image'], 'qwen2_5_omni': ['image', 'video']}
+         'llava_onevision': ['image', 'video'], 'internvl': ['image'], 'idefics3': ['image'], 'llama4': ['image'], 'qwen2_5_omni': ['image', 'audio', 'video'],
+         'qwen3_omni': ['image', 'audio', 'video'], 'voxtral_parts': ['audio']}
+HANDED = {'qwen2_5_omni', 'qwen3_omni', 'voxtral_parts'}        # sounds in the place of their inputs: no keyword of the forward takes them
 
 
 def family(name):
@@ -48,7 +50,10 @@ def counted(model, kinds):
     for kind in kinds:
         name = f'get_{kind}_features'
         own = getattr(model.base_model, name)
-        setattr(model.base_model, name, wraps(own)(lambda *a, own=own, kind=kind, **kw: (seen.append(kind), own(*a, **kw))[1]))
+        def run(*a, own=own, kind=kind, **kw):
+            if torch.is_tensor(next(iter([*a, *kw.values()]))): seen.append(kind)       # else an output is handed over
+            return own(*a, **kw)
+        setattr(model.base_model, name, wraps(own)(run))
     return seen
 
 
@@ -62,7 +67,7 @@ def case(request):
 def test_kinds(case):
     name, model, enc, towers = case
     assert sorted(towers.known) == sorted(TAKES[name]) and not towers.wrong
-    assert towers.stays == ({'input_features', 'feature_attention_mask'} if name == 'qwen2_5_omni' else set())
+    assert towers.stays == set() and {k for k, t in towers.known.items() if t.place} == ({'audio'} if name in HANDED else set())
     assert not model.training
 
 
@@ -71,7 +76,7 @@ def test_same_step_to_the_bit(case):
     from omnilab.objectives.score import Scorer
     name, model, enc, towers = case
     scorer = Scorer(model)
-    for kinds in [[k] for k in TAKES[name]] + [['image', 'image']]:
+    for kinds in [[k] for k in TAKES[name]] + [[TAKES[name][0]] * 2]:
         r = row(enc, kinds)
         (logp, grads), done = step(scorer, [r]), towers(r)
         assert not any(k in done.media for k in towers.reads(r)) and not towers.reads(done)
@@ -95,11 +100,33 @@ def test_sounds_stay_where_the_forward_has_no_place_for_them():
     "An image's tower is spared, the sound's runs; both in one row."
     from omnilab.forest.towers import study
     from omnilab.objectives.score import Scorer
-    model, enc = family('qwen2_5_omni')
+    model, enc = family('gemma4')
     towers, r = study(model, enc), row(enc, ['image', 'audio'])
     done = towers(r)
     assert 'pixel_values' not in done.media and 'input_features' in done.media
     assert step(Scorer(model), [r])[0].equal(step(Scorer(model), [done])[0])
+
+
+def test_sounds_under_adapters_and_in_a_copy():
+    "PEFT calls the model's forward past its hooks; a copy has functions of its own."
+    from copy import deepcopy
+    from omnilab.forest.towers import study
+    from omnilab.objectives.score import Scorer
+    from peft import LoraConfig, get_peft_model
+    model, enc = family('qwen2_5_omni')
+    whole = get_peft_model(model, LoraConfig(target_modules=r'.*model\.layers.*q_proj', init_lora_weights=False))
+    towers, r = study(whole.get_base_model(), enc), row(enc, ['image', 'audio'])
+    done, seen = towers(r), counted(model, ['audio'])
+    assert 'input_features' not in done.media
+    (logp, grads), seen_before = step(Scorer(whole), [r]), len(seen)
+    logp_too, grads_too = step(Scorer(whole), [done])
+    assert len(seen) == seen_before == 1 and logp.equal(logp_too) and grads and all(g.equal(grads_too[n]) for n, g in grads.items())
+    del vars(model)['get_audio_features']
+    study(model, enc)
+    copy = deepcopy(model)
+    with torch.no_grad(): copy.audio_tower.conv1.weight.mul_(2)
+    assert copy.get_audio_features.__self__ is copy and not step(Scorer(copy), [r])[0].equal(logp)
+    assert step(Scorer(copy), [done])[0].equal(logp)
 
 
 def test_model_that_takes_none_is_refused():

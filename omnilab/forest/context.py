@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TRUST', 'ALIKE', 'Medium', 'clip_meta', 'read_part', 'placeholders', 'sort_outputs', 'rope_index', 'parameters',
            'rope_positions', 'count_on', 'rate_of', 'rust', 'spell', 'Recent', 'Encoder', 'contents', 'without',
-           'check_shown', 'conversation', 'own_system', 'check_heard', 'with_sound', 'process', 'cast', 'plain',
+           'check_shown', 'conversation', 'own_system', 'check_heard', 'heard_and_seen', 'process', 'cast', 'plain',
            'learn', 'last_in', 'longer', 'Context', 'kind_of', 'pixels', 'alike', 'same', 'compare', 'prompt', 'batch',
            'together']
 
@@ -324,8 +324,8 @@ def check_heard(
             raise EncodeError(sample, f'{found}; expected one that is heard whole')
         enc._heard = len(wave)
 
-# %% ../../nbs/forest/07_context.ipynb #8a1e6210
-def with_sound(
+# %% ../../nbs/forest/07_context.ipynb #f3d1d947
+def heard_and_seen(
     enc:Encoder, # with its processor
     chat:list[dict], # a conversation with clips that are heard
     told:dict, # of the clips
@@ -352,7 +352,7 @@ def process(
     options = {'processor_kwargs': told} if enc.takes_media else {}
     options |= dict(tokenize=True, return_dict=True, return_tensors='pt', **sample.template)
     heard = any(d.track is not None for d in media)
-    read = lambda chat: sort_outputs(with_sound(enc, chat, told, sample) if heard else enc.render(chat, True, **options), sample)
+    read = lambda chat: sort_outputs(heard_and_seen(enc, chat, told, sample) if heard else enc.render(chat, True, **options), sample)
     ids, tensors, extras = read(chat)
     if media and not tensors:
         raise EncodeError(sample, f'{type(enc.processor).__name__} made nothing of {len(media)} media; expected a processor that takes them')

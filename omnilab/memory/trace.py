@@ -37,7 +37,7 @@ from ..train.recipe import SFTRecipe
 from ..train.sft import part_of, trainable
 from ..train.spare import offload, recompute
 from ..train.tricks import EMA
-from ..tune.adapters import prefixes
+from ..tune.targets import prefixes
 
 # %% ../../nbs/memory/00_trace.ipynb #2de821b6
 def job(

@@ -17,7 +17,7 @@ from ..forest.recurrent import recurrent_layers
 from ..forest.tree import Row, forest
 from ..models.load import limits
 from .score import Scorer
-from ..tune.adapters import GROUPS, group_of, prefixes
+from ..tune.targets import GROUPS, group_of, prefixes
 
 # %% ../../nbs/objectives/02_exact.ipynb #ac34a4b7
 @dataclass

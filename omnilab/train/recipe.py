@@ -59,7 +59,7 @@ class DataArgs:
     full:Literal['continue', 'raise'] = opt('continue', 'where nothing can be written to the cache: keep rows in memory, or end the run')
     workers:Whole = opt(0, 'processes that encode beside each of the run; 0: it does so itself')
     towers:bool = opt(False, 'what frozen towers and projectors make of media is made once and kept, instead of in every step; '
-                             'for models whose forward takes it (mm_encoder_outputs)')
+                             'for models whose forward takes it (as mm_encoder_outputs, or where it calls its tower)')
     packing:Literal['exact', 'window', 'balanced', 'ordered', False] = opt('exact', 'exact: fullest; balanced: even work; false: one tree a pack')
     window:Count = opt(256, 'trees that are held, where packs are made by a window or from a stream; rows of a stream are merged in runs of an eighth of it')
     oversize:Literal['refuse', 'skip', 'split', 'truncate'] = opt('refuse', 'a tree longer than a pack; split: a document in pieces; truncate: without its end')
