@@ -176,7 +176,7 @@ class LowRank(Optimizer):
     def load_state_dict(self, state:dict):
         super().load_state_dict(state)
         for i, p in enumerate(p for g in self.param_groups for p in g['params']):
-            self.state[p] = {k: v if k == 'step' else v.to(p.device) for k, v in state['state'].get(i, {}).items()}
+            if i in state['state']: self.state[p] = {k: v if k == 'step' else whole(v).to(p.device) for k, v in state['state'][i].items()}
 
 # %% ../../nbs/tune/08_galore.ipynb #b66bac8d
 class GaLore(LowRank):
