@@ -119,7 +119,7 @@ def peek(
     src, # path, bytes, data URI, URL, or in memory
     kind:str, # 'image', 'audio' or 'video'
     limits:Limits|None=None, # from the settings by default
-)->dict: # image: size; audio: rate, seconds; video: size, frames, seconds
+)->dict: # image: size; audio: rate, seconds, samples; video: size, frames, seconds
     "What the header says; raises what the reader would raise at that point."
     return PEEKS[kind](src, limits)
 

@@ -136,7 +136,7 @@ class WorldPacks(Iterator):
         processor:OmniProcessor, # makes rows of them
         max_length:int=512, # tokens of a pack
     ):
-        self.questions, self.encoder, self.max_length, self.group, self.used = questions, Encoder(processor, keep=8), max_length, 0, 0
+        self.questions, self.encoder, self.max_length, self.group, self.used = questions, Encoder(processor), max_length, 0, 0
         self.names, self.epoch, self._trees = (), 0, (None, [])
 
     def trees(self)->list[Tree]: # of the current group; kept until the next is asked for
