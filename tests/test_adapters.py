@@ -49,7 +49,10 @@ def logits(model):
     with torch.no_grad(): return model.eval()(input_ids=ids, use_cache=False).logits
 
 
-@pytest.mark.parametrize('kind', [k for k in KINDS if k != 'loftq'])
+RARE = 'rslora', 'olora', 'boft', 'oft', 'fourierft', 'loha', 'lokr'      # the same way through peft as others: with --run-slow
+
+
+@pytest.mark.parametrize('kind', [pytest.param(k, marks=[pytest.mark.slow] * (k in RARE)) for k in KINDS if k != 'loftq'])
 def test_kind(base, tmp_path, kind):
     run = sft(base, tmp_path, kind, '--train.steps', 2)
     told, plain = logits(run.model), load(base/'model', dtype='float32', attn='forest').model
@@ -82,7 +85,7 @@ def test_four_bits(base, tmp_path, kind):
 MORE = {'pro': ['--adapter.options.blocks', 1], 'lisa': ['--adapter.options', '{layers: 1, every: 2}']}
 
 
-@pytest.mark.parametrize('kind', ['pissa', 'adalora', 'vera', 'lora+', 'pro', 'lisa', 'reft'])
+@pytest.mark.parametrize('kind', ['adalora', 'pro', 'lisa', 'reft', *(pytest.param(k, marks=pytest.mark.slow) for k in ('pissa', 'vera', 'lora+'))])
 def test_resumed(base, tmp_path, kind):
     "Stopped behind a checkpoint and gone on with: the same weights, to the bit."
     class Stop:
