@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Answer', 'draw_answer', 'conversation', 'Model', 'load', 'Rows', 'read', 'Packs', 'pack', 'link', 'Run',
-           'launch_line', 'attach', 'dashboard', 'entries', 'keep_rows', 'run_name', 'plan', 'sft', 'live',
+           'launch_line', 'attach', 'cells', 'dashboard', 'entries', 'keep_rows', 'run_name', 'plan', 'sft', 'live',
            'LiveCurves', 'evaluate', 'compare']
 
 # %% ../nbs/30_lab.ipynb #e7ebede7
@@ -20,6 +20,7 @@ from .data.parts import MEDIA, Message, Part
 from .data.samples import Samples, Split, save_media, to_row
 from .settings import settings
 from .train.recipe import Entry, ModelArgs, SFTRecipe, build, options, to_yaml, unknown
+from .variant import ACTIVE, applied, found, offer
 
 # %% ../nbs/30_lab.ipynb #41686e42
 @dataclass
@@ -265,6 +266,14 @@ def attach(
     if not (Path(path)/'recipe.yaml').is_file(): raise ValueError(f'{path}: expected the folder of a run, with a recipe.yaml')
     return Run(Path(path))
 
+def cells(
+    *names:str, # that %%variant keeps, or files
+): # context manager; a run within it keeps them in its folder
+    "Within the block, exported cells are others: for words before a run, such as `pack`."
+    return applied(map(found, names))
+
+offer()     # %%variant
+
 def dashboard(
     folder:str='', # of runs; empty: as the settings say
 ): # train.compare.Dashboard
@@ -300,7 +309,8 @@ def run_name(
 )->str: # the same for the same run
     "A folder's name from what decides a run."
     from omnilab.train.feed import fingerprint
-    return 'sft-' + hashlib.sha256(f'{to_yaml(recipe, notes=False)}{fingerprint(packs)}'.encode()).hexdigest()[:8]
+    cells = [v.digest for v in [*ACTIVE, *map(found, recipe.variants)]]
+    return 'sft-' + hashlib.sha256(f'{to_yaml(recipe, notes=False)}{cells or ""}{fingerprint(packs)}'.encode()).hexdigest()[:8]
 
 # %% ../nbs/30_lab.ipynb #d04b7436
 def plan(

@@ -8,7 +8,7 @@ __all__ = ['RACY', 'WHERE', 'LIBRARIES', 'CODE', 'Names', 'plain', 'saved', 'cod
            'work', 'without_main', 'by_workers', 'ranks', 'paths', 'Job', 'rest', 'encode_once', 'inventory', 'remove',
            'verify']
 
-# %% ../../nbs/forest/12_cache.ipynb #b156d79c
+# %% ../../nbs/forest/12_cache.ipynb #480d0df3
 import hashlib, inspect, json, multiprocessing, os, sys, tempfile, threading, time, warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
@@ -28,6 +28,8 @@ from safetensors.torch import save
 from torch import distributed as dist, nn
 from tqdm.auto import tqdm
 from transformers import PretrainedConfig
+
+# %% ../../nbs/forest/12_cache.ipynb #603605bf
 from ..data import audio, files, media, parts, video
 from ..data.files import MediaError, is_uri
 from ..data.media import content_hash
@@ -39,8 +41,9 @@ from .encode import EncodeError, ahead, encode
 from .shards import FORMAT, BrokenShard, Shard, put, shard_bytes, sweep
 from .tree import Row
 from ..settings import settings
+from ..variant import ACTIVE, Variant, stay
 
-# %% ../../nbs/forest/12_cache.ipynb #ff214685
+# %% ../../nbs/forest/12_cache.ipynb #26380f72
 RACY = 2_000_000_000     # nanoseconds in which a file may change without its times showing it
 
 @dataclass
@@ -82,7 +85,7 @@ class Names:
         put(self.folder, 'media', save(dict(paths=tables['paths'], hash=tables['hash'].view(-1, 32), stat=stat)))
         self.new = {}
 
-# %% ../../nbs/forest/12_cache.ipynb #6a56a8d5
+# %% ../../nbs/forest/12_cache.ipynb #ee2e8fbd
 WHERE = {'name_or_path', '_name_or_path', 'is_local', 'local_files_only', 'transformers_version', 'architectures', 'dtype', 'torch_dtype',
          '_attn_implementation_internal', '_attn_implementation', 'attn_implementation'}     # where something comes from, or how it computes
 LIBRARIES = 'torch', 'torchvision', 'transformers', 'tokenizers', 'numpy', 'pillow', 'soundfile', 'scipy', 'av'     # which change bits
@@ -106,7 +109,7 @@ def saved(
             found[str(p.relative_to(folder))] = hashlib.sha256(data).hexdigest()
     return found
 
-# %% ../../nbs/forest/12_cache.ipynb #37dab455
+# %% ../../nbs/forest/12_cache.ipynb #a9c3a8d1
 def code(
     *things, # objects whose classes count, or modules
 )->str: # hash of their source
@@ -120,6 +123,7 @@ def code(
             if file and c is module: texts.add(Path(file).read_text())
             elif file: texts |= {p.read_text() for p in Path(file).parent.glob('*.py')}
             else: texts.add(inspect.getsource(c))                         # of a notebook's cell
+    texts |= {v.source for v in ACTIVE if v.module.split('.')[1] in ('data', 'models', 'forest')}
     return hashlib.sha256('\0'.join(sorted(texts)).encode()).hexdigest()
 
 @cache
@@ -127,7 +131,7 @@ def installed(name:str)->str: # version of a library
     try: return version(name)
     except PackageNotFoundError: return ''
 
-# %% ../../nbs/forest/12_cache.ipynb #96a343cb
+# %% ../../nbs/forest/12_cache.ipynb #a6951323
 def facts(
     enc:Encoder, # with its processor and model
 )->dict: # as JSON
@@ -147,7 +151,7 @@ def fingerprint(
     "One word for an encoder."
     return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
-# %% ../../nbs/forest/12_cache.ipynb #62a7fdc9
+# %% ../../nbs/forest/12_cache.ipynb #c4df7142
 def number(x): # of numpy, as JSON takes it
     if isinstance(x, np.generic): return x.item()
     if isinstance(x, np.ndarray): return [x.dtype.str, x.tolist()]
@@ -171,7 +175,7 @@ def key_of(
     except (TypeError, MediaError): return None, ()                        # encoding will say what is wrong with a medium
     return hashlib.blake2b(text.encode(), digest_size=16).digest(), tuple(seen)
 
-# %% ../../nbs/forest/12_cache.ipynb #3aa5b5fc
+# %% ../../nbs/forest/12_cache.ipynb #0296826e
 class Cache:
     "What a folder holds for one encoder."
     def __init__(self, folder:Path, encoder:str):
@@ -190,7 +194,7 @@ class Cache:
                 continue
             self.where.update((k, (s, i)) for i, k in enumerate(s.keys))
 
-# %% ../../nbs/forest/12_cache.ipynb #6df22bf8
+# %% ../../nbs/forest/12_cache.ipynb #2bcea001
 @dataclass
 class Writer:
     "Collects rows and writes them, a shard at a time."
@@ -224,7 +228,7 @@ class Writer:
             warnings.warn(f'{self.why}, the rows of this run stay in memory')
         self.kept |= rows
 
-# %% ../../nbs/forest/12_cache.ipynb #792fdfd7
+# %% ../../nbs/forest/12_cache.ipynb #ff3180be
 class Encoded(Sequence):
     "Rows of a data set in the order of its samples, each read when it is asked for."
     def __init__(self, samples, found, enc, which, problems=(), misses=0): # found: of each sample (Shard, place), rows, or nothing
@@ -257,7 +261,7 @@ class Encoded(Sequence):
 
     def __getstate__(self): return self.__dict__ | {'enc': None}       # another process gets rows, no model
 
-# %% ../../nbs/forest/12_cache.ipynb #d1c4ef16
+# %% ../../nbs/forest/12_cache.ipynb #1095d649
 def skeleton(
     model:nn.Module|None, # any
 )->nn.Module|None: # of the same class with the same plain attributes, and nothing in it
@@ -282,7 +286,7 @@ class Facts:
         if model is None or isinstance(model, Facts): return model
         return cls(model.config, getattr(model, 'generation_config', None), model.dtype, skeleton(getattr(rope_index(model), '__self__', None)))
 
-# %% ../../nbs/forest/12_cache.ipynb #907ee37a
+# %% ../../nbs/forest/12_cache.ipynb #288db647
 def deal(
     todo:list[int], # samples
     heads:list[tuple], # media of every sample
@@ -296,7 +300,7 @@ def deal(
         out[-1] += g
     return out
 
-# %% ../../nbs/forest/12_cache.ipynb #9fe6843c
+# %% ../../nbs/forest/12_cache.ipynb #43852fca
 @dataclass
 class Maker:
     "Encodes samples into a cache."
@@ -316,15 +320,16 @@ class Maker:
         self.writer.flush()
         return self.writer.why
 
-# %% ../../nbs/forest/12_cache.ipynb #8affd7ad
+# %% ../../nbs/forest/12_cache.ipynb #48c0ee97
 def terms(
     maker:Maker, # in this process
 )->tuple: # for `maker_of`, in another
     "What a maker is made of."
     w = maker.writer
-    return maker.enc.processor, Facts.of(maker.enc.model), maker.which, maker.stop, w.folder, w.encoder, w.about
+    return tuple(ACTIVE), maker.enc.processor, Facts.of(maker.enc.model), maker.which, maker.stop, w.folder, w.encoder, w.about
 
 def maker_of(
+    variants:tuple[Variant, ...], # in place there
     processor, # and the others of `terms`
     known:Facts|None,
     which:str,
@@ -334,6 +339,7 @@ def maker_of(
     "A maker that has a process for itself."
     os.environ['TOKENIZERS_PARALLELISM'] = 'false'
     torch.set_num_threads(1)
+    stay(variants)
     return Maker(Encoder(processor, known), which, Writer(*writer), stop)
 
 def begin(*made): # in a new process, which ends with the one that began it
@@ -343,7 +349,7 @@ def begin(*made): # in a new process, which ends with the one that began it
 
 def work(*chunk)->str: return MAKER.make(*chunk)       # in a process that has begun
 
-# %% ../../nbs/forest/12_cache.ipynb #01fe6bcd
+# %% ../../nbs/forest/12_cache.ipynb #0de16c53
 @contextmanager
 def without_main():
     "Processes that start here don't import the program that starts them."
@@ -370,14 +376,14 @@ def by_workers(
         warnings.warn(f'a process that encodes ended ({" ".join(str(e).split())}); what it left is encoded here')
     finally: pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/forest/12_cache.ipynb #bfc3c000
+# %% ../../nbs/forest/12_cache.ipynb #20c621b2
 def ranks()->tuple[int, int, Callable[[], None]]: # this one, how many, and a function that waits for all
     "The processes of a run."
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1: return 0, 1, lambda: None
     group = dist.new_group(backend='gloo', timeout=timedelta(days=7))
     return dist.get_rank(), dist.get_world_size(), lambda: dist.barrier(group)
 
-# %% ../../nbs/forest/12_cache.ipynb #dc89cd4c
+# %% ../../nbs/forest/12_cache.ipynb #7a3569c4
 def paths(sample:Sample)->list[str]: # files that it names
     return [p.value for p in sample.parts if p.type in MEDIA and isinstance(p.value, str) and not is_uri(p.value)]
 
@@ -421,7 +427,7 @@ class Job:
             if maker.make(*c): break
             told(len(c[0]))
 
-# %% ../../nbs/forest/12_cache.ipynb #881ec447
+# %% ../../nbs/forest/12_cache.ipynb #a6f570cd
 def rest(
     job:Job, # after all shares are made
     skip:bool, # samples that can't be encoded are listed
@@ -443,7 +449,7 @@ def rest(
     w.flush(); job.cache.refresh()
     return [alone.get(i) or job.cache.where.get(k) or w.kept.get(k) for i, k in enumerate(job.keys)], problems
 
-# %% ../../nbs/forest/12_cache.ipynb #66ccb587
+# %% ../../nbs/forest/12_cache.ipynb #a791ea1e
 def encode_once(
     samples:Iterable[Sample], # read more than once: anything but a sequence is made a list
     processor, # a processor or tokenizer with a chat template, or an `Encoder`
@@ -473,7 +479,7 @@ def encode_once(
         found, problems = rest(job, on_error == 'skip', bar.update)
     return Encoded(samples, found, enc, turns, problems, misses)
 
-# %% ../../nbs/forest/12_cache.ipynb #94a8d0d3
+# %% ../../nbs/forest/12_cache.ipynb #31b02480
 def inventory(
     folder:str|Path, # of a cache
 )->list[dict]: # for each encoder: its name, processor, transformers, shards, samples, rows, tokens, bytes, newest
@@ -491,7 +497,7 @@ def inventory(
         for k in ('samples', 'rows', 'tokens'): row[k] += about.get(k, 0)
     return list(out.values())
 
-# %% ../../nbs/forest/12_cache.ipynb #5d1b058b
+# %% ../../nbs/forest/12_cache.ipynb #fd3c1ed6
 def remove(
     folder:str|Path, # of a cache
     encoder:str='', # its name, or a processor's; '': of all

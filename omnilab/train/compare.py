@@ -6,7 +6,7 @@
 __all__ = ['SHOWN', 'flat', 'names', 'differences', 'facts', 'side_by_side', 'draw_runs', 'Change', 'changes', 'answers',
            'sections', 'checked', 'Compared', 'found', 'look', 'Dashboard']
 
-# %% ../../nbs/train/12_compare.ipynb #973949e7
+# %% ../../nbs/train/12_compare.ipynb #095bc6a4
 import json, threading
 from collections.abc import Iterable
 from html import escape
@@ -19,10 +19,10 @@ from matplotlib.figure import Figure
 
 from ..metrics.tasks import bootstrap, html_table
 from .callbacks import read_metrics
-from .report import SECTIONS, Section, both_answers, answer_html, page, read_json, series, smooth, svg
+from .report import SECTIONS, Section, both_answers, answer_html, cells, page, read_json, series, smooth, svg
 from ..settings import settings
 
-# %% ../../nbs/train/12_compare.ipynb #04a3fd68
+# %% ../../nbs/train/12_compare.ipynb #6272fd6e
 def flat(
     tree:dict, # of a recipe
     prefix:str='', # of the names
@@ -45,10 +45,10 @@ def differences(
 )->dict[str, list]: # option -> its value in every run; None where it isn't written
     "Options in which runs differ."
     recipes = [flat(yaml.safe_load((r/'recipe.yaml').read_text()) or {}) if (r/'recipe.yaml').exists() else {} for r in runs]
-    table = {k: [r.get(k) for r in recipes] for k in dict.fromkeys(k for r in recipes for k in r if k != 'output')}
+    table = {k: [r.get(k) for r in recipes] for k in dict.fromkeys(k for r in recipes for k in r if k not in ('output', 'variants'))}
     return {k: v for k, v in table.items() if any(x != v[0] for x in v)}
 
-# %% ../../nbs/train/12_compare.ipynb #be855cb5
+# %% ../../nbs/train/12_compare.ipynb #1941f4e3
 def facts(
     run:Path, # its folder
 )->dict[str, str]: # what -> how much
@@ -72,7 +72,7 @@ def side_by_side(
     keys = dict.fromkeys(k for c in columns for k in c)
     return [('', *heads), *((k, *(str(c.get(k, '')) for c in columns)) for k in keys)]
 
-# %% ../../nbs/train/12_compare.ipynb #29464083
+# %% ../../nbs/train/12_compare.ipynb #a5989628
 SHOWN = {'loss': 'loss', 'held-out loss': 'test/loss', 'score of answers': 'answers/mean', 'top-1 accuracy': 'accuracy', 'gradient norm': 'grad_norm',
          'learning rate': 'lr', 'tokens a second': 'time/tokens_per_second', 'memory, GiB': 'time/rss', 'memory of the card, GiB': 'time/cuda'}
 
@@ -95,7 +95,7 @@ def draw_runs(
     if shown: axes[0].legend(frameon=False, fontsize=8)
     return fig
 
-# %% ../../nbs/train/12_compare.ipynb #958d8dc8
+# %% ../../nbs/train/12_compare.ipynb #af8368e9
 class Change(NamedTuple):
     "One task in two runs."
     task:str
@@ -120,7 +120,7 @@ def changes(
         out.append(Change(task, len(pairs), *map(float, pairs.mean(0)), *bootstrap(pairs[:, 1] - pairs[:, 0])))
     return out
 
-# %% ../../nbs/train/12_compare.ipynb #ab46814f
+# %% ../../nbs/train/12_compare.ipynb #cbfff1f0
 def answers(
     runs:list[Path], # folders
 )->str: # HTML; '' where there are none
@@ -133,7 +133,7 @@ def answers(
             rows[a['row']] = old | {name: parts('after'), 'scores': old['scores'] | {name: a['scores'].get('after')}}
     return ''.join(answer_html(rows[i], Path()) for i in sorted(rows))
 
-# %% ../../nbs/train/12_compare.ipynb #5a0f93e5
+# %% ../../nbs/train/12_compare.ipynb #a879a75f
 def sections(
     runs:list[Path], # folders
 )->list[Section]: # what there is to show
@@ -142,6 +142,8 @@ def sections(
     options = [('option', *heads), *((k, *map(str, v)) for k, v in set_.items())]
     out = [Section('', html_table(side_by_side([facts(r) for r in runs], heads)))]
     out.append(Section('Set differently', html_table(options) if set_ else '<p>Nothing: the recipes are the same.</p>'))
+    cells_of = {r: cells(r) for r in runs}
+    if len(set(cells_of.values())) > 1: out += [Section(f'Cells of {n}', cells_of[r] or '<p>As they are exported.</p>') for r, n in zip(runs, heads)]
     out.append(Section('Curves', svg(draw_runs, runs)))
     for run, name in zip(runs[1:], heads[1:]):
         try: found = changes(runs[0], run)
@@ -161,7 +163,7 @@ def checked(
     if len({r.resolve() for r in runs}) < 2: raise ValueError(f'{", ".join(map(str, runs)) or "no run"}: expected two different runs or more')
     return runs
 
-# %% ../../nbs/train/12_compare.ipynb #0148f6e1
+# %% ../../nbs/train/12_compare.ipynb #1882e86d
 class Compared:
     "Runs side by side, as a page or in a notebook."
     def __init__(self, *runs:str|Path): self.runs = checked(runs) # folders
@@ -174,7 +176,7 @@ class Compared:
     def __repr__(self): return '\n'.join(f'{k}: {" | ".join(v)}' for k, *v in side_by_side([facts(r) for r in self.runs], names(self.runs)))
     def _repr_html_(self): return ''.join(f'<h4>{escape(s.title)}</h4>{s.html}' for s in sections(self.runs))
 
-# %% ../../nbs/train/12_compare.ipynb #4aca76f9
+# %% ../../nbs/train/12_compare.ipynb #e06c0948
 def found(
     folder:str|Path, # of runs, at any depth
 )->list[Path]: # those with metrics, the newest first
@@ -189,7 +191,7 @@ def look(
     shown = [s for f in SECTIONS if (s := f(runs[0]))] if len(runs) == 1 else sections(runs)
     return ''.join(f'<h4>{escape(s.title)}</h4>{s.html}' for s in shown)
 
-# %% ../../nbs/train/12_compare.ipynb #788ad241
+# %% ../../nbs/train/12_compare.ipynb #225dec32
 class Dashboard:
     "Runs of a folder to choose from, looked at again and again."
     def __init__(self,

@@ -156,6 +156,7 @@ class SFTRecipe:
     resume:bool = opt(True, 'go on from the last checkpoint in `output`, if there is one')
     dry_run:bool = opt(False, 'two steps, peak memory and rendered samples; nothing is written')
     push_to:str = opt('', 'name on the hub where the finished model goes, such as me/model; empty: nowhere')
+    variants:list[str] = opt([], "cells that take exported ones' place: names that %%variant keeps in notebooks, or files")
     check:bool = opt(False, 'first ask a twin of the model whether it can be trained as it is, as `omnilab check` does; seconds')
 
 # %% ../../nbs/train/00_recipe.ipynb #d67f1cec

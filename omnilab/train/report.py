@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['KEY', 'INK', 'PANELS', 'BYTES', 'SAVE', 'MIME', 'SECTIONS', 'STYLE', 'svg', 'series', 'smooth', 'label',
            'draw_curves', 'draw_packs', 'save_part', 'save_answers', 'read_json', 'both_answers', 'part_html',
-           'answer_html', 'table_html', 'Section', 'summary', 'scores', 'curves', 'samples', 'packs_held', 'recipe',
-           'page', 'report']
+           'answer_html', 'table_html', 'Section', 'summary', 'scores', 'curves', 'samples', 'packs_held', 'cells',
+           'changed', 'recipe', 'page', 'report']
 
-# %% ../../nbs/train/11_report.ipynb #1a05f9ef
+# %% ../../nbs/train/11_report.ipynb #7e81cfd2
 import base64, json, sys
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -22,8 +22,9 @@ from ..data.media import load, save_image
 from ..data.audio import save_audio
 from ..data.video import save_video
 from .callbacks import read_metrics
+from ..variant import coloured
 
-# %% ../../nbs/train/11_report.ipynb #e313cc38
+# %% ../../nbs/train/11_report.ipynb #df1326f0
 KEY = '#010203'       # a colour that nobody would choose: it becomes the page's text colour
 INK = {'svg.fonttype': 'none', 'font.size': 9, 'font.family': 'sans-serif', 'axes.spines.top': False, 'axes.spines.right': False, 'axes.titlesize': 10,
        **dict.fromkeys(('text.color', 'axes.edgecolor', 'axes.labelcolor', 'xtick.color', 'ytick.color', 'axes.titlecolor'), KEY)}
@@ -39,7 +40,7 @@ def svg(
     text = out.getvalue()
     return text[text.index('<svg'):].replace(KEY, 'currentColor')
 
-# %% ../../nbs/train/11_report.ipynb #5e9426f7
+# %% ../../nbs/train/11_report.ipynb #5b8f0142
 PANELS = {'loss': ('loss', 'test/loss'), 'loss by modality': 'loss/', 'top-1 accuracy': ('accuracy', 'test/accuracy'), 'score of answers': ('answers/mean',),
           'cost of hiding a modality': 'gap/', 'token diversity': 'diversity/', 'learning rate': ('lr',), 'gradient norm': ('grad_norm',),
           'tokens a second': ('time/tokens_per_second',), 'memory, GiB': ('time/rss', 'time/cuda')}
@@ -64,7 +65,7 @@ def smooth(
     for v in y: mean, weight = keep * mean + (1 - keep) * v, keep * weight + 1 - keep; out.append(mean / weight)
     return np.array(out)
 
-# %% ../../nbs/train/11_report.ipynb #0b82fe24
+# %% ../../nbs/train/11_report.ipynb #dbe7f6a0
 def label(
     name:str, # of a curve
 )->str: # for a legend
@@ -89,7 +90,7 @@ def draw_curves(
     for ax in fig.axes[len(shown):]: ax.remove()
     return fig
 
-# %% ../../nbs/train/11_report.ipynb #ea011532
+# %% ../../nbs/train/11_report.ipynb #1bb4af99
 def draw_packs(
     packs:dict, # {'max_length': n, 'packs': [[[kind, tokens, rows], ...], ...]}
     most:int=24, # packs that are drawn
@@ -108,7 +109,7 @@ def draw_packs(
     right.barh(list(total), list(total.values()), color=[colour[k] for k in total]); right.invert_yaxis(); right.set(xlabel='tokens in all packs')
     return fig
 
-# %% ../../nbs/train/11_report.ipynb #c5beab98
+# %% ../../nbs/train/11_report.ipynb #e42998f0
 SAVE = {'image': ('.png', save_image), 'audio': ('.wav', save_audio), 'video': ('.mp4', save_video)}
 
 def save_part(
@@ -122,7 +123,7 @@ def save_part(
     save(load(part.value, part.type), folder/f'{name}{ending}')
     return {'type': part.type, 'file': f'{name}{ending}'}
 
-# %% ../../nbs/train/11_report.ipynb #ae7f746a
+# %% ../../nbs/train/11_report.ipynb #40a2d3c1
 def save_answers(
     scores, # Scores of a model
     folder:Path, # made where it is missing
@@ -142,7 +143,7 @@ def save_answers(
     (folder/f'{name}.json').write_text(json.dumps(out, indent=1, ensure_ascii=False))
     return out
 
-# %% ../../nbs/train/11_report.ipynb #756b9a80
+# %% ../../nbs/train/11_report.ipynb #08d92757
 def read_json(path:Path)->Any: return json.loads(path.read_text()) if path.exists() else None   # None where there is no such file
 
 def both_answers(
@@ -157,7 +158,7 @@ def both_answers(
             rows[a['row']] = {**old, **a, 'scores': old.get('scores', {}) | a['scores']}
     return [rows[i] for i in sorted(rows)]
 
-# %% ../../nbs/train/11_report.ipynb #ed7ae564
+# %% ../../nbs/train/11_report.ipynb #f6767565
 MIME = {'.png': 'image/png', '.wav': 'audio/wav', '.mp4': 'video/mp4'}
 
 def part_html(
@@ -184,7 +185,7 @@ def answer_html(
     cells = ''.join(cell(k) for k in answer if k not in ('row', 'task', 'scores'))
     return f'<article><h3>{escape(answer["task"])}</h3><div class="cells">{cells}</div></article>'
 
-# %% ../../nbs/train/11_report.ipynb #b5a185a8
+# %% ../../nbs/train/11_report.ipynb #ecad5dd1
 def table_html(
     before:dict|None, # scores-before.json
     after:dict, # scores-after.json
@@ -199,7 +200,7 @@ def table_html(
     total = row('mean over tasks', sum(s['n'] for s in after['tasks'].values()), before['mean'] if before else None, after['mean'], 'th')
     return f'<table><tr><th>task</th><th>rows</th><th>before</th><th>after</th><th>change</th></tr>{"".join(rows)}{total}</table>'
 
-# %% ../../nbs/train/11_report.ipynb #9844c900
+# %% ../../nbs/train/11_report.ipynb #1b1e8873
 class Section(NamedTuple):
     "A part of the report."
     title:str
@@ -215,7 +216,7 @@ def summary(run_dir:Path)->Section|None: # the run in a few numbers
     if after: facts['mean score'] = (f'{before["mean"]:.3f} → ' if before else '') + f'{after["mean"]:.3f}'
     return Section('', '<div class="facts">' + ''.join(f'<div><b>{escape(v)}</b><span>{k}</span></div>' for k, v in facts.items()) + '</div>')
 
-# %% ../../nbs/train/11_report.ipynb #266fea13
+# %% ../../nbs/train/11_report.ipynb #78e75d17
 def scores(run_dir:Path)->Section|None: # before and after, by task
     after = read_json(run_dir/'scores-after.json')
     return after and Section('Before and after, on held-out rows', table_html(read_json(run_dir/'scores-before.json'), after))
@@ -232,13 +233,19 @@ def packs_held(run_dir:Path)->Section|None: # what was learned from
     packs = read_json(run_dir/'packs.json')
     return packs and Section('What it learned from', svg(draw_packs, packs))
 
+def cells(run_dir:Path)->str: # HTML; '' where every cell was as it is exported
+    return ''.join(f'<b>{escape(p.stem)}</b>{coloured(p.read_text())}' for p in sorted((run_dir/'variants').glob('*.diff')))
+
+def changed(run_dir:Path)->Section|None: # what was not as it is exported
+    return Section('Cells that were changed', html) if (html := cells(run_dir)) else None
+
 def recipe(run_dir:Path)->Section|None: # how to make it again
     path = run_dir/'recipe.yaml'
     return Section('Recipe', f'<pre>{escape(path.read_text())}</pre>') if path.exists() else None
 
-SECTIONS = (summary, scores, curves, samples, packs_held, recipe)
+SECTIONS = (summary, scores, curves, samples, packs_held, changed, recipe)
 
-# %% ../../nbs/train/11_report.ipynb #8f6182d9
+# %% ../../nbs/train/11_report.ipynb #4cbc53c7
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --card: #8881; --good: #1a9850; --bad: #d73027; --bar: #4c86c6; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 1080px; margin: 0 auto; padding: 2rem 1.2rem 4rem; }
@@ -259,7 +266,7 @@ article { background: var(--card); border-radius: .6rem; padding: .8rem 1rem; ma
 audio { width: 100%; max-width: 15rem; }
 """
 
-# %% ../../nbs/train/11_report.ipynb #ca5fc149
+# %% ../../nbs/train/11_report.ipynb #de1759c6
 def page(
     title:str, # plain text
     sections:Iterable[Section], # in order
@@ -282,7 +289,7 @@ def report(
     path.write_text(page(title or run_dir.name, [s for f in sections if (s := f(run_dir))]))
     return path
 
-# %% ../../nbs/train/11_report.ipynb #d5e80d19
+# %% ../../nbs/train/11_report.ipynb #6bdfce4c
 if __name__ == '__main__' and '__file__' in globals():
     if len(sys.argv) < 2 or sys.argv[1].startswith('-'): print('usage: python -m omnilab.train.report RUN_FOLDER ...')
     for folder in [a for a in sys.argv[1:] if not a.startswith('-')]: print(report(folder))

@@ -8,7 +8,7 @@ __all__ = ['OWN', 'check_rows', 'own_options', 'check_adapter', 'check_low', 'ch
            'moved_by', 'default_callbacks', 'sft_metrics', 'identity', 'whole_model', 'save_model', 'Result', 'prove',
            'run', 'finish', 'begin', 'render', 'peak_memory', 'dry_run', 'main']
 
-# %% ../../nbs/train/14_sft.ipynb #3d19b0b3
+# %% ../../nbs/train/14_sft.ipynb #8e2c0b9c
 import dataclasses, re, resource, shutil, sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 from .feed import describe_packs, feed, files, fingerprint, glance, plan_packs, read_files, read_packs, told_of, with_system
 from .recipe import FREE, TRACKERS, RecipeError, SFTRecipe, aim, command, to_yaml
+from ..variant import ACTIVE, varied
 
-# %% ../../nbs/train/14_sft.ipynb #7355c9f3
+# %% ../../nbs/train/14_sft.ipynb #b88c4da8
 def check_rows(
     option:str, # where it is written
     path:str, # rows, or a card's name; '': none
@@ -35,7 +36,7 @@ def check_rows(
     if not example.document and not example.kinds('assistant'):
         raise RecipeError(f'{option} = {path!r}: its rows hold no answer to learn ({", ".join(c.tasks)}); expected a card whose rows do')
 
-# %% ../../nbs/train/14_sft.ipynb #e46e981d
+# %% ../../nbs/train/14_sft.ipynb #4f4768d7
 OWN = {'none': {}, 'pro': dict(blocks=4), 'lisa': dict(layers=2, every=20), 'reft': dict(first=4)}         # kinds that peft doesn't have, and their options
 
 def own_options(
@@ -51,7 +52,7 @@ def own_options(
         if type(v) is not int or v < 1: raise RecipeError(f'adapter.options.{name} = {v!r}: expected a whole number, 1 or more')
     return known | a.options
 
-# %% ../../nbs/train/14_sft.ipynb #17c7f07d
+# %% ../../nbs/train/14_sft.ipynb #45b56cfa
 def check_adapter(
     recipe:SFTRecipe, # its kind of adapter, beside the rest
 ):
@@ -63,7 +64,7 @@ def check_adapter(
     if recipe.push_to and kind == 'reft': raise RecipeError("push_to with adapter.kind = 'reft': a whole model is sent, and reft is never merged into one")
     if recipe.train.ema and kind == 'adalora': raise RecipeError("train.ema with adapter.kind = 'adalora': an average still has ranks that were taken away")
 
-# %% ../../nbs/train/14_sft.ipynb #397e9b93
+# %% ../../nbs/train/14_sft.ipynb #0e182369
 def check_low(
     recipe:SFTRecipe, # its `train`, `adapter` and `galore`
 ):
@@ -77,7 +78,7 @@ def check_low(
     if g.per_layer and t.precision == 'fp16': raise RecipeError("galore.per_layer with train.precision = 'fp16': gradients are scaled; expected no or bf16")
     if g.int8 and t.optimizer != 'qgalore': raise RecipeError(f'galore.int8 with train.optimizer = {t.optimizer!r}: expected qgalore')
 
-# %% ../../nbs/train/14_sft.ipynb #47780e60
+# %% ../../nbs/train/14_sft.ipynb #9e49c9e6
 def check_data(
     recipe:SFTRecipe, # its `data`
     rows:bool=True, # it must name its rows; False: packs are given
@@ -95,7 +96,7 @@ def check_data(
     if d.streaming and recipe.check: raise RecipeError('check with data.streaming: nobody knows which media will come; expected omnilab check before the run')
     if d.streaming and d.towers: raise RecipeError('data.towers with data.streaming: what a stream brings is not kept; expected one of them')
 
-# %% ../../nbs/train/14_sft.ipynb #39ef5fbf
+# %% ../../nbs/train/14_sft.ipynb #084587ef
 def check(
     recipe:SFTRecipe, # from the command line, or made in a notebook
     rows:bool=True, # it must name its rows; False: packs are given
@@ -115,7 +116,7 @@ def check(
     if not recipe.train.steps and not recipe.train.epochs: raise RecipeError('train.steps and train.epochs are both 0; expected one of them')
     return recipe
 
-# %% ../../nbs/train/14_sft.ipynb #c2bb3bdc
+# %% ../../nbs/train/14_sft.ipynb #e9ee1f3d
 def load_model(
     recipe:SFTRecipe, # its `model`
 ): # models.load.Loaded: model, processor, name
@@ -128,7 +129,7 @@ def load_model(
     loaded = load(m.name, dtype=m.dtype, attn=m.attention, quantize=m.quantize, **where)
     return dataclasses.replace(loaded, processor=configure(loaded.processor, **asdict(recipe.media)))
 
-# %% ../../nbs/train/14_sft.ipynb #40e6842b
+# %% ../../nbs/train/14_sft.ipynb #e8a471dc
 def part_of(
     model, # plain or with adapters
 )->Callable[[str], str]: # name of a parameter -> vision, audio, projector, language or head
@@ -155,14 +156,14 @@ def trainable(
     else: model = adapt(model, a.kind, a.r, a.alpha, a.dropout, a.targets, tuple(a.save), recipe.train.seed, a.options, handles(packs or []))
     return freeze(model, recipe.train.freeze, part_of(model))
 
-# %% ../../nbs/train/14_sft.ipynb #ef514373
+# %% ../../nbs/train/14_sft.ipynb #343231b2
 def rates(
     recipe:SFTRecipe, # its `adapter`
 )->dict[str, float]: # as in `train.lr_scale`, which comes behind them
     "Factors on the learning rate that belong to the kind of adapter."
     return {'*.lora_B.*': float(recipe.adapter.options.get('ratio', 16.))} if recipe.adapter.kind == 'lora+' else {}
 
-# %% ../../nbs/train/14_sft.ipynb #bb78ce1c
+# %% ../../nbs/train/14_sft.ipynb #c27906d1
 def towers_of(
     model, # as it will be trained
     loaded, # model and processor
@@ -191,7 +192,7 @@ def towered(
     try: return through(rows, towers_of(trainable(loaded.model, asked), loaded, recipe), settings.paths.cache if recipe.data.cache else None, recipe.data.full)
     except TowerError as e: raise RecipeError(f'data.towers: {e}') from None
 
-# %% ../../nbs/train/14_sft.ipynb #c38efc67
+# %% ../../nbs/train/14_sft.ipynb #c4c94c28
 def choose(
     samples, # held-out rows
     n:int, # how many; 0: all
@@ -217,7 +218,7 @@ def answers(
         return {'mean': scores.mean, **{t: row['score'] for t, row in scores.table.items()}}
     return look
 
-# %% ../../nbs/train/14_sft.ipynb #b4e83b35
+# %% ../../nbs/train/14_sft.ipynb #cbc465ce
 def company(
     loaded, # model and processor
     packs, # what to learn from; None: a stream
@@ -235,7 +236,7 @@ def company(
     if packs is not None: return whole, (whole(h.load()) for h in {frozenset(h.media): h for h in handles(packs)}.values())
     return whole, (whole(collate(forest(encode(s, enc)))) for s in [Sample([Message('user', 'a'), Message('assistant', 'a')])])
 
-# %% ../../nbs/train/14_sft.ipynb #a591581f
+# %% ../../nbs/train/14_sft.ipynb #18be689b
 def made_by(
     packs, # what to learn from; None: a stream
     model, # as it will be trained
@@ -252,7 +253,7 @@ def made_by(
         raise RecipeError(f'the packs hold what towers made, but {why}')
     return [towers]
 
-# %% ../../nbs/train/14_sft.ipynb #db608a6f
+# %% ../../nbs/train/14_sft.ipynb #1e0bb8e9
 def prepare_run(
     recipe:SFTRecipe, # what to do
     loaded, # model and processor
@@ -284,7 +285,7 @@ def prepare_run(
     if recipe.galore.per_layer: job.inside = InBackward([o.optimizer for o in job.optimizers], t.clip, model)
     return job
 
-# %% ../../nbs/train/14_sft.ipynb #a9730e18
+# %% ../../nbs/train/14_sft.ipynb #c72f2264
 def moved_by(
     recipe:SFTRecipe, # its `adapter` and `train`
 )->list: # callbacks
@@ -296,7 +297,7 @@ def moved_by(
     out = [Ranks()] * (kind == 'adalora') + ([Lisa(**own_options(recipe), seed=t.seed)] if kind == 'lisa' else [])
     return out + [EMA(t.ema)] * bool(t.ema) + [Noise(t.neftune, t.seed)] * bool(t.neftune)
 
-# %% ../../nbs/train/14_sft.ipynb #2f32a209
+# %% ../../nbs/train/14_sft.ipynb #0bd8663b
 def default_callbacks(
     recipe:SFTRecipe, # what to watch and how often
     loaded, # its processor
@@ -326,9 +327,10 @@ def sft_metrics(loaded)->Callable: # the objective, for held-out packs
     return sft_objective(loaded.processor)
 
 def identity(recipe:SFTRecipe, packs)->dict: # what makes a run this run
-    return {**asdict(recipe), 'data_fingerprint': fingerprint(packs) if packs is not None else {n: glance(p) for n, p in files(recipe).items()}}
+    read = fingerprint(packs) if packs is not None else {n: glance(p) for n, p in files(recipe).items()}
+    return {**asdict(recipe), 'variants': {v.name: v.digest for v in ACTIVE}, 'data_fingerprint': read}
 
-# %% ../../nbs/train/14_sft.ipynb #0faebc2c
+# %% ../../nbs/train/14_sft.ipynb #b5910780
 def whole_model(
     job, # a run at its end; every process must ask
     recipe:SFTRecipe, # what made it
@@ -344,7 +346,7 @@ def whole_model(
     model.load_state_dict(state)
     return model
 
-# %% ../../nbs/train/14_sft.ipynb #29a4964c
+# %% ../../nbs/train/14_sft.ipynb #d6a8a5b8
 def save_model(
     model, # as it was trained
     processor, # the model's
@@ -370,7 +372,7 @@ def save_model(
     else: whole = merge(model) if adapted else from_int8(model)
     return replace(folder/'model', lambda d: (whole.save_pretrained(d), processor.save_pretrained(d)))
 
-# %% ../../nbs/train/14_sft.ipynb #59d702e3
+# %% ../../nbs/train/14_sft.ipynb #028249bb
 @dataclass
 class Result:
     "A finished run."
@@ -384,7 +386,7 @@ class Result:
     def model(self): return self.run.model
     def __repr__(self): return f'{self.folder}: {self.run.step} steps, loss {self.run.metrics.get("loss", float("nan")):.3f}; {self.report}'
 
-# %% ../../nbs/train/14_sft.ipynb #3e0625ae
+# %% ../../nbs/train/14_sft.ipynb #e06f1a7e
 def prove(
     loaded, # model and processor
     packs, # what is to be learned: of which modalities, taken and given
@@ -403,7 +405,8 @@ def prove(
     why = wrong.note or f'differs by {wrong.error:.1e}, and may by {wrong.limit:.1e}'
     raise ValueError(f'{report.name}: {wrong.what} ({wrong.part}): {why}; omnilab check {loaded.name} says all')
 
-# %% ../../nbs/train/14_sft.ipynb #6954f7cc
+# %% ../../nbs/train/14_sft.ipynb #9bc29d8a
+@varied
 def run(
     recipe:SFTRecipe, # what to do
     callbacks:Iterable=(), # to be told as well, see `train.callbacks`
@@ -431,7 +434,7 @@ def run(
     finish(job, recipe, loaded.processor)
     return Result(folder, job, loaded.processor, packs, folder/'report.html')
 
-# %% ../../nbs/train/14_sft.ipynb #6adbaaa0
+# %% ../../nbs/train/14_sft.ipynb #82a5b2d0
 def finish(
     job, # a run at its end
     recipe:SFTRecipe, # what made it
@@ -449,7 +452,7 @@ def finish(
         if recipe.push_to: print(push(folder, recipe.push_to), file=sys.stderr)
     job.accelerator.wait_for_everyone()
 
-# %% ../../nbs/train/14_sft.ipynb #b9414000
+# %% ../../nbs/train/14_sft.ipynb #cbe97c62
 def begin(
     job, # a prepared run
     recipe:SFTRecipe, # what made it
@@ -466,13 +469,14 @@ def begin(
     resume(job, folder/'checkpoints', identity(recipe, packs), FREE)
     if job.accelerator.is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder/'recipe.yaml').write_text(to_yaml(recipe))
+        cells = [str(v.save(folder/'variants')) for v in ACTIVE]
+        (folder/'recipe.yaml').write_text(to_yaml(dataclasses.replace(recipe, variants=cells)))
         if packs is not None: (folder/'packs.json').write_text(json.dumps(describe_packs(packs), ensure_ascii=False))
     told, said = told_of(packs), not recipe.data.system and own_system(Encoder(loaded.processor, loaded.model))
     if said: told.append(f'the chat template says {said!r} where a conversation has no system message (data.system says another)')
     for line in told: job.accelerator.print(line, file=sys.stderr)
 
-# %% ../../nbs/train/14_sft.ipynb #45d0f7b1
+# %% ../../nbs/train/14_sft.ipynb #2c734c0c
 def render(
     row, # forest.tree.Row
     tokenizer, # the processor's
@@ -493,7 +497,7 @@ def render(
         return text
     return {'prompt': words(row.ids[~row.target].tolist()), 'trained': words(row.ids[row.target].tolist())}
 
-# %% ../../nbs/train/14_sft.ipynb #fd58ddb2
+# %% ../../nbs/train/14_sft.ipynb #40c6b049
 def peak_memory()->dict[str, float]: # GiB
     "The most that this process has held, and a CUDA device for it."
     import torch
@@ -501,7 +505,8 @@ def peak_memory()->dict[str, float]: # GiB
     used = {'process': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30}
     return used | ({'cuda': torch.cuda.max_memory_allocated() / 2**30} if torch.cuda.is_available() else {})
 
-# %% ../../nbs/train/14_sft.ipynb #ee6a35b8
+# %% ../../nbs/train/14_sft.ipynb #fa52a6db
+@varied
 def dry_run(
     recipe:SFTRecipe, # what would be done
     rows:int=3, # that are shown
@@ -527,7 +532,7 @@ def dry_run(
     for r in [r for p in shown for r in p.rows][:rows]: lines += ['', f'row {r.origin}', *(f'  {k:8} {v}' for k, v in render(r, tokenizer).items())]
     return '\n'.join(lines + told_of(packs))
 
-# %% ../../nbs/train/14_sft.ipynb #fc2c5061
+# %% ../../nbs/train/14_sft.ipynb #332c95a6
 def main(
     argv:list[str]|None=None, # words of the command line; None: this program's
     name:str='python -m omnilab.train.sft', # how it is called
@@ -542,5 +547,5 @@ def main(
     result.run.accelerator.print(result)
     return result
 
-# %% ../../nbs/train/14_sft.ipynb #a114c324
+# %% ../../nbs/train/14_sft.ipynb #6eec6b13
 if __name__ == '__main__' and '__file__' in globals(): main()
