@@ -16,14 +16,17 @@ BUDGET = 20     # CPU seconds of one notebook, imports included
 def name(path): return str(path.relative_to(ROOT/'nbs').with_suffix(''))
 
 
-def run(args, cwd=ROOT, **env):
-    "A fresh process that can't reach the network by accident or another run's folders, and its CPU seconds."
+def environment(**env):
+    "That of a process that can't reach the network by accident or another run's folders."
     keep = {k: v for k, v in os.environ.items() if not k.startswith('OMNILAB_')}
-    keep.update({'MPLBACKEND': 'agg', 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1',
-                 'OMNILAB_PATHS_CACHE': os.environ['OMNILAB_PATHS_CACHE'], **env})
+    return {**keep, 'MPLBACKEND': 'agg', 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'OMNILAB_PATHS_CACHE': os.environ['OMNILAB_PATHS_CACHE'], **env}
+
+
+def run(args, cwd=ROOT, **env):
+    "A fresh process, and its CPU seconds."
     used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
     before = used()
-    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=keep, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=environment(**env), capture_output=True, text=True)
     return done, used() - before
 
 

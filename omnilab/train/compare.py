@@ -108,15 +108,16 @@ class Change(NamedTuple):
 def changes(
     a:Path, # folder of a run
     b:Path, # of another, with answers to the same held-out rows
-)->list[Change]: # by task; none where one of them has no scores
+)->list[Change]: # by task, at last of all rows; none where one of them has no scores
     "A paired comparison."
     found = [read_json(r/'scores-after.json') for r in (a, b)]
     if not all(found): return []
     one, two = ({(r['origin'], r['task'], i): r['scores']['score'] for i, r in enumerate(f['rows'])} for f in found)
     if one.keys() != two.keys(): raise ValueError(f'{a} and {b}: other held-out rows were answered; expected runs with the same data.test and data.eval_rows')
     out = []
-    for task in dict.fromkeys(t for _, t, _ in one):
-        pairs = np.array([(one[k], two[k]) for k in one if k[1] == task])
+    tasks = list(dict.fromkeys(t for _, t, _ in one))
+    for task in [*tasks, *['all rows'] * (len(tasks) > 1)]:
+        pairs = np.array([(one[k], two[k]) for k in one if task in (k[1], 'all rows')])
         out.append(Change(task, len(pairs), *map(float, pairs.mean(0)), *bootstrap(pairs[:, 1] - pairs[:, 0])))
     return out
 
