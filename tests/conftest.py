@@ -10,7 +10,8 @@ FLAGS = 'slow', 'gpu', 'network'
 if 'OMNILAB_PATHS_CACHE' not in os.environ:     # no test reads what another session encoded
     os.environ['OMNILAB_PATHS_CACHE'] = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, os.environ['OMNILAB_PATHS_CACHE'], ignore_errors=True)
-BUDGET = 20     # CPU seconds of one notebook, imports included
+BUDGET = 20     # CPU seconds of one notebook
+SHOWN = 40      # the costliest tests
 
 
 def name(path): return str(path.relative_to(ROOT/'nbs').with_suffix(''))
@@ -22,12 +23,28 @@ def environment(**env):
     return {**keep, 'MPLBACKEND': 'agg', 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1', 'OMNILAB_PATHS_CACHE': os.environ['OMNILAB_PATHS_CACHE'], **env}
 
 
+def used(*who): # CPU seconds so far; of this process and those it waited for
+    return sum(sum(resource.getrusage(w)[:2]) for w in who or (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
 def run(args, cwd=ROOT, **env):
     "A fresh process, and its CPU seconds."
-    used = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
-    before = used()
+    before = used(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, *map(str, args)], cwd=cwd, env=environment(**env), capture_output=True, text=True)
-    return done, used() - before
+    return done, used(resource.RUSAGE_CHILDREN) - before
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item):
+    item.began = used()
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    try: return (yield)
+    finally:
+        if 'cpu' not in dict(item.user_properties): item.user_properties.append(('cpu', round(used() - item.began, 1)))
 
 
 def pytest_addoption(parser):
@@ -46,8 +63,9 @@ def pytest_terminal_summary(terminalreporter, config):
     if not spent: return
     books = [(s, n) for s, n in spent if 'test_notebook[' in n]
     terminalreporter.section('CPU seconds')
-    for s, n in spent[:10] + [o for o in spent[10:] if o not in books]: terminalreporter.line(f'{s:7.1f}  {n}')
-    terminalreporter.line(f'{sum(s for s, _ in books):7.1f}  all {len(books)} notebooks')
+    for s, n in spent[:SHOWN]: terminalreporter.line(f'{s:7.1f}  {n}')
+    for kind, some in ((f'{len(books)} notebooks', books), ('the rest', [o for o in spent if o not in books])):
+        terminalreporter.line(f'{sum(s for s, _ in some):7.1f}  {kind}')
     for s, n in books:
         if s > BUDGET and not config.getoption('--run-slow'):
             terminalreporter.line(f'over the budget of {BUDGET} CPU seconds: {n}; make it cheaper, or flag cells #| slow', yellow=True)

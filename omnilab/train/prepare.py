@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PrepareRecipe', 'Prepared', 'kind_of', 'encoded', 'look', 'histogram', 'told', 'prepare', 'draw_lengths', 'main']
 
-# %% ../../nbs/train/19_prepare.ipynb #111dd51a
+# %% ../../nbs/train/19_prepare.ipynb #5e238cff
 import sys, warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +14,7 @@ from ..data.parts import MEDIA
 from ..settings import settings
 from .recipe import Count, MediaArgs, Switch, Whole, command, opt
 
-# %% ../../nbs/train/19_prepare.ipynb #f5bd2520
+# %% ../../nbs/train/19_prepare.ipynb #6499b1da
 @dataclass
 class PrepareRecipe:
     "Look at a data set: its rows, their lengths for a model, what they share, and everything that is wrong with it. Status 1 if something is."
@@ -33,7 +33,7 @@ class PrepareRecipe:
     show:Count = opt(20, 'problems that are printed')
     media:MediaArgs = field(default_factory=MediaArgs)
 
-# %% ../../nbs/train/19_prepare.ipynb #5f369bb2
+# %% ../../nbs/train/19_prepare.ipynb #8e911650
 @dataclass(repr=False)
 class Prepared:
     "What a data set holds."
@@ -63,7 +63,7 @@ def kind_of(
     text = f'{mix(sample.kinds("system", "user", "tool"))} → {mix(sample.kinds("assistant"))}'
     return text + ', better and worse' * bool(sample.rejected)
 
-# %% ../../nbs/train/19_prepare.ipynb #f7d79488
+# %% ../../nbs/train/19_prepare.ipynb #edf1a061
 def encoded(
     samples, # of a data set
     loaded, # processor, and model with or without weights
@@ -90,7 +90,7 @@ def encoded(
         except EncodeError as e: bad.append(e.problem)
     return rows, bad, ''
 
-# %% ../../nbs/train/19_prepare.ipynb #98bc271d
+# %% ../../nbs/train/19_prepare.ipynb #3f61818c
 def look(
     samples, # `data.samples.Samples`
     loaded, # processor, and model with or without weights
@@ -112,7 +112,7 @@ def look(
                     sum(int(r.target.sum()) for r in rows), [r.origin for r in rows], sum(map(len, trees)), packs,
                     Problems([*samples.problems, *bad, *long]), kept, recipe.show)
 
-# %% ../../nbs/train/19_prepare.ipynb #96162051
+# %% ../../nbs/train/19_prepare.ipynb #08388a7f
 def histogram(
     lengths, # array [n], n at least 1
     bars:int=8, # at most
@@ -126,7 +126,7 @@ def histogram(
     bar = lambda n: '█' * round(width * n / counts.max()) or '·' * bool(n)
     return [f'{low:>{wide},} – {high - 1:<{wide},} {bar(n):<{width}} {n:,}' for low, high, n in zip(edges, edges[1:], counts)]
 
-# %% ../../nbs/train/19_prepare.ipynb #103ac7eb
+# %% ../../nbs/train/19_prepare.ipynb #a72a0085
 def told(
     p:Prepared, # what was found
 )->list[str]: # lines
@@ -147,28 +147,28 @@ def told(
     lines += [f'problems   {len(p.problems):,}', *(f'           {x}' for x in p.problems[:p.show])]
     return lines + ([f'           … and {len(p.problems) - p.show:,} more (--show)'] if len(p.problems) > p.show else [])
 
-# %% ../../nbs/train/19_prepare.ipynb #e07e5844
+# %% ../../nbs/train/19_prepare.ipynb #5bcc662d
 def prepare(
     recipe:PrepareRecipe, # what to look at
 )->Prepared:
     "Read a data set, encode it, and count."
     from omnilab.data.cards import means, read_rows
-    from omnilab.forest.cluster import reachable
-    from omnilab.models.load import described
-    from omnilab.models.options import configure
-    from omnilab.train.feed import with_system
     if not recipe.data: raise ValueError('no rows to look at; expected FILE, or --data FILE')
     means(recipe.data)                                         # complains if it is neither rows nor a card
     word = 'ray' if recipe.ray else 'workers' if recipe.workers else ''
     if word and recipe.lengths == 'sizes': raise ValueError(f'--{word} with --lengths sizes, which encodes nothing; expected one of them')
     if word and not recipe.cache: raise ValueError(f'--{word} without the cache; expected --cache true, it is how processes share rows')
+    from omnilab.forest.cluster import reachable               # from here on with torch: mistakes are told before
+    from omnilab.models.load import described
+    from omnilab.models.options import configure
+    from omnilab.train.feed import with_system
     if recipe.ray: reachable(recipe.ray)
     loaded = described(recipe.model, recipe.dtype)
     loaded.processor = configure(loaded.processor, **asdict(recipe.media))
     with warnings.catch_warnings(action='ignore'): samples = read_rows(recipe.data, 'skip', 'decode' if recipe.decode else True)
     return look(with_system(samples, recipe.system), loaded, recipe)
 
-# %% ../../nbs/train/19_prepare.ipynb #012eb417
+# %% ../../nbs/train/19_prepare.ipynb #c9e6c3ae
 def draw_lengths(
     p:Prepared, # what was found
     ax, # matplotlib axes
@@ -180,7 +180,7 @@ def draw_lengths(
     ax.set(xlabel='tokens', ylabel='rows'); ax.legend(frameon=False)
     return ax
 
-# %% ../../nbs/train/19_prepare.ipynb #99f69d33
+# %% ../../nbs/train/19_prepare.ipynb #b62f1968
 def main(
     argv:list[str]|None=None, # words of the command line; None: this program's
     name:str='omnilab prepare', # how it is called
