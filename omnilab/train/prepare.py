@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PrepareRecipe', 'Prepared', 'kind_of', 'encoded', 'look', 'histogram', 'told', 'prepare', 'draw_lengths', 'main']
 
-# %% ../../nbs/train/19_prepare.ipynb #111dd51a
+# %% ../../nbs/train/19_prepare.ipynb #5e238cff
 import sys, warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -14,7 +14,7 @@ from ..data.parts import MEDIA
 from ..settings import settings
 from .recipe import Count, MediaArgs, Switch, Whole, command, opt
 
-# %% ../../nbs/train/19_prepare.ipynb #f5bd2520
+# %% ../../nbs/train/19_prepare.ipynb #6499b1da
 @dataclass
 class PrepareRecipe:
     "Look at a data set: its rows, their lengths for a model, what they share, and everything that is wrong with it. Status 1 if something is."
@@ -24,7 +24,8 @@ class PrepareRecipe:
     max_length:Whole = opt(0, 'tokens of a pack; longer rows are problems; 0: any length')
     turns:Literal['all', 'last'] = opt('all', "the assistant's turns that are learned")
     system:str = opt('', 'said by the system at the beginning of every conversation that has no system message; empty: nothing')
-    lengths:Literal['encoded', 'sizes'] = opt('encoded', 'sizes: a first look, as exact; headers of media tell, so nothing is encoded or kept')
+    lengths:Literal['encoded', 'sizes'] = opt('encoded', 'sizes: a first look, as exact; headers of media tell, so nothing is decoded or kept (what '
+                                             'no header tells is encoded, and said)')
     decode:bool = opt(False, 'decode all media now, which finds what a header hides')
     cache:bool = opt(True, 'keep the encoded rows (settings: paths.cache), where a run with the same options finds them')
     workers:Whole = opt(0, 'processes that encode beside this one; 0: it does so itself, or, with ray, one a core')
@@ -33,7 +34,7 @@ class PrepareRecipe:
     show:Count = opt(20, 'problems that are printed')
     media:MediaArgs = field(default_factory=MediaArgs)
 
-# %% ../../nbs/train/19_prepare.ipynb #5f369bb2
+# %% ../../nbs/train/19_prepare.ipynb #8e911650
 @dataclass(repr=False)
 class Prepared:
     "What a data set holds."
@@ -63,7 +64,7 @@ def kind_of(
     text = f'{mix(sample.kinds("system", "user", "tool"))} → {mix(sample.kinds("assistant"))}'
     return text + ', better and worse' * bool(sample.rejected)
 
-# %% ../../nbs/train/19_prepare.ipynb #f7d79488
+# %% ../../nbs/train/19_prepare.ipynb #edf1a061
 def encoded(
     samples, # of a data set
     loaded, # processor, and model with or without weights
@@ -78,8 +79,9 @@ def encoded(
     model, how = Facts.of(loaded.model), dict(turns=recipe.turns, on_error='skip', workers=recipe.workers)
     if recipe.lengths == 'sizes':
         found = lengths(samples, loaded.processor, model, recipe.turns, 'skip')
-        all_the_same = [f'{n:,} samples encoded for {why}' for why, n in found.decoded.items()]
-        return found.rows, found.problems, '; '.join(['lengths by sizes, nothing is kept', *all_the_same])
+        beside = [f'{n:,} samples encoded for {why}' for why, n in found.decoded.items()]
+        beside += [f'{n:,} media in answers by their sizes, as if they had no codes in common'] if (n := found.said['codes']) else []
+        return found.rows, found.problems, '; '.join(['lengths by sizes, nothing is kept', *beside])
     if recipe.cache:
         if recipe.ray: rows = encode_on_ray(samples, loaded.processor, model, address=recipe.ray, **how)
         else: rows = encode_once(samples, loaded.processor, model, **how)
@@ -90,7 +92,7 @@ def encoded(
         except EncodeError as e: bad.append(e.problem)
     return rows, bad, ''
 
-# %% ../../nbs/train/19_prepare.ipynb #98bc271d
+# %% ../../nbs/train/19_prepare.ipynb #3f61818c
 def look(
     samples, # `data.samples.Samples`
     loaded, # processor, and model with or without weights
@@ -112,7 +114,7 @@ def look(
                     sum(int(r.target.sum()) for r in rows), [r.origin for r in rows], sum(map(len, trees)), packs,
                     Problems([*samples.problems, *bad, *long]), kept, recipe.show)
 
-# %% ../../nbs/train/19_prepare.ipynb #96162051
+# %% ../../nbs/train/19_prepare.ipynb #08388a7f
 def histogram(
     lengths, # array [n], n at least 1
     bars:int=8, # at most
@@ -126,7 +128,7 @@ def histogram(
     bar = lambda n: '█' * round(width * n / counts.max()) or '·' * bool(n)
     return [f'{low:>{wide},} – {high - 1:<{wide},} {bar(n):<{width}} {n:,}' for low, high, n in zip(edges, edges[1:], counts)]
 
-# %% ../../nbs/train/19_prepare.ipynb #103ac7eb
+# %% ../../nbs/train/19_prepare.ipynb #a72a0085
 def told(
     p:Prepared, # what was found
 )->list[str]: # lines
@@ -147,7 +149,7 @@ def told(
     lines += [f'problems   {len(p.problems):,}', *(f'           {x}' for x in p.problems[:p.show])]
     return lines + ([f'           … and {len(p.problems) - p.show:,} more (--show)'] if len(p.problems) > p.show else [])
 
-# %% ../../nbs/train/19_prepare.ipynb #e07e5844
+# %% ../../nbs/train/19_prepare.ipynb #5bcc662d
 def prepare(
     recipe:PrepareRecipe, # what to look at
 )->Prepared:
@@ -168,7 +170,7 @@ def prepare(
     with warnings.catch_warnings(action='ignore'): samples = read_rows(recipe.data, 'skip', 'decode' if recipe.decode else True)
     return look(with_system(samples, recipe.system), loaded, recipe)
 
-# %% ../../nbs/train/19_prepare.ipynb #012eb417
+# %% ../../nbs/train/19_prepare.ipynb #c9e6c3ae
 def draw_lengths(
     p:Prepared, # what was found
     ax, # matplotlib axes
@@ -180,7 +182,7 @@ def draw_lengths(
     ax.set(xlabel='tokens', ylabel='rows'); ax.legend(frameon=False)
     return ax
 
-# %% ../../nbs/train/19_prepare.ipynb #99f69d33
+# %% ../../nbs/train/19_prepare.ipynb #b62f1968
 def main(
     argv:list[str]|None=None, # words of the command line; None: this program's
     name:str='omnilab prepare', # how it is called
