@@ -8,9 +8,9 @@ import pytest
 import torch
 
 TAKES = {'ours': ['image', 'audio', 'video'], 'qwen2_5_vl': ['image', 'video'], 'qwen3_vl': ['image', 'video'], 'gemma3': ['image'],
-         'llava_onevision': ['image', 'video'], 'internvl': ['image'], 'idefics3': ['image'], 'llama4': ['image'], 'qwen2_5_omni': ['image', 'audio', 'video'],
-         'qwen3_omni': ['image', 'audio', 'video'], 'voxtral_parts': ['audio']}
-HANDED = {'qwen2_5_omni', 'qwen3_omni', 'voxtral_parts'}        # sounds in the place of their inputs: no keyword of the forward takes them
+         'llava_onevision': ['image', 'video'], 'internvl': ['image'], 'idefics3': ['image'], 'llama4': ['image'], 'gemma4': ['image', 'audio'],
+         'qwen2_5_omni': ['image', 'audio', 'video'], 'qwen3_omni': ['image', 'audio', 'video'], 'voxtral_parts': ['audio']}
+HANDED = {'gemma4', 'qwen2_5_omni', 'qwen3_omni', 'voxtral_parts'}        # sounds in the place of their inputs: no keyword of the forward takes them
 
 
 def family(name):
@@ -66,7 +66,7 @@ def case(request):
 
 def test_kinds(case):
     name, model, enc, towers = case
-    assert sorted(towers.known) == sorted(TAKES[name]) and not towers.wrong
+    assert sorted(towers.known) == sorted(TAKES[name]) and all('num_frames_per_video' in why for why in towers.wrong.values())
     assert towers.stays == set() and {k for k, t in towers.known.items() if t.place} == ({'audio'} if name in HANDED else set())
     assert not model.training
 
@@ -101,10 +101,34 @@ def test_sounds_stay_where_the_forward_has_no_place_for_them():
     from omnilab.forest.towers import study
     from omnilab.objectives.score import Scorer
     model, enc = family('gemma4')
+    class Looks(type(model)):
+        def forward(self, input_features=None, **kw): return super().forward(input_features=None if input_features is None else input_features + 0, **kw)
+    model.__class__ = Looks
     towers, r = study(model, enc), row(enc, ['image', 'audio'])
     done = towers(r)
-    assert 'pixel_values' not in done.media and 'input_features' in done.media
+    assert 'pixel_values' not in done.media and 'input_features' in done.media and towers.stays == {'input_features', 'input_features_mask'}
     assert step(Scorer(model), [r])[0].equal(step(Scorer(model), [done])[0])
+
+
+def test_what_a_forward_looks_at_goes_in_beside(tmp_path):
+    "Gemma 4 asks for the mask of its sounds before it asks their tower; outputs as long as each sound, kept and joined."
+    from omnilab.data.media import Audio
+    from omnilab.data.samples import Message, Part, Sample
+    from omnilab.forest.encode import encode
+    from omnilab.forest.towers import study, through
+    from omnilab.objectives.score import Scorer
+    model, enc = family('gemma4')
+    def hears(i, *lengths):
+        waves = [Part('audio', Audio(torch.randn(n, generator=torch.Generator().manual_seed(n)).clamp(-3, 3).numpy() / 4, enc.rate)) for n in lengths]
+        return encode(Sample([Message('user', [*waves, Part('text', 'what ?')]), Message('assistant', 'two of them')], origin=f'd:{i}'), enc)[0]
+    towers, rows = study(model, enc), [row(enc, ['image', 'audio']), hears(1, 8000), hears(2, 12_345, 3200), hears(3, 16_001)]
+    assert towers.known['audio'].beside == ('input_features_mask',) and len({r.media['input_features_mask'].shape[-1] for r in rows}) > 1
+    done, seen = through(rows, towers, tmp_path), counted(model, ['audio', 'image'])
+    assert all('input_features' not in r.media and 'input_features_mask' in r.media for r in done)
+    want = step(Scorer(model), rows)[0]
+    seen.clear()
+    torch.testing.assert_close(step(Scorer(model), done)[0], want, atol=1e-6, rtol=1e-6)
+    assert not seen
 
 
 def test_sounds_under_adapters_and_in_a_copy():

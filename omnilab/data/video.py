@@ -95,7 +95,7 @@ def read_frames(
     for i, f in enumerate(c.decode(s)):
         if f.is_corrupt: raise refuse(src, f'frame {i} is broken', 'a whole video file')
         limits.check(src, 'pixels', f.width * f.height)
-        if i in wanted: kept[i] = np.rot90(f.to_ndarray(format='rgb24'), f.rotation // 90)
+        if i in wanted: kept[i] = np.rot90(f.to_ndarray(format='rgb24'), round(f.rotation / 90))
         if i >= index[-1]: break
     if len(kept) < len(wanted): raise refuse(src, f'torn, {len(kept)} of {len(wanted)} frames', 'a whole video file')
     if len({f.shape for f in kept.values()}) > 1: raise refuse(src, 'frames of several sizes', 'frames of one size')
@@ -130,8 +130,7 @@ def load_video(
 def peek_video(
     src, # what `load_video` takes
     limits:Limits|None=None, # from the settings by default
-    upright:bool=False, # decode the first frame: it alone tells whether the film was taken lying on its side
-)->dict: # size (w, h), as coded unless upright; frames, seconds
+)->dict: # size (w, h), as coded; frames, seconds
     "What a film's header and its list of packets say."
     import av
     if isinstance(src, Video): return {'size': src.frames.shape[2:0:-1], 'frames': len(src.frames), 'seconds': src.seconds}
@@ -140,9 +139,6 @@ def peek_video(
         with av.open(f, format=DEMUXERS[form]) as c:
             times, seconds = frame_times(c, src, limits)
             size = c.streams.video[0].codec_context.width, c.streams.video[0].codec_context.height
-        if upright:
-            f.seek(0)
-            with av.open(f, format=DEMUXERS[form]) as c: size = size[::-1] if next(c.decode(video=0)).rotation % 180 else size
         return {'size': size, 'frames': len(times), 'seconds': seconds}
 
 # %% ../../nbs/data/02_video.ipynb #e16c5b58

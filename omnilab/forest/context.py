@@ -305,7 +305,7 @@ def check_heard(
     enc:Encoder, # with its processor
     chat:list[dict], # the conversation before the answer
     media:list[Medium], # its media
-    tensors:dict[str, Tensor], # what the processor made of them
+    tensors:dict[str, Tensor], # what the processor made of them, and the tokens
     process, # what makes such tensors of a conversation
     sample:Sample, # for messages
 ):
@@ -351,12 +351,14 @@ def process(
     told = {'video_metadata': [clips], **({'do_sample_frames': False} if enc.picks else {})} if clips else {}      # they were sampled when they were read
     options = {'processor_kwargs': told} if enc.takes_media else {}
     options |= dict(tokenize=True, return_dict=True, return_tensors='pt', **sample.template)
-    heard = any(d.track is not None for d in media)
-    read = lambda chat: sort_outputs(heard_and_seen(enc, chat, told, sample) if heard else enc.render(chat, True, **options), sample)
+    tracks = any(d.track is not None for d in media)
+    read = lambda chat: sort_outputs(heard_and_seen(enc, chat, told, sample) if tracks else enc.render(chat, True, **options), sample)
+    heard = lambda ids, tensors: tensors | {'input_ids': torch.tensor(ids)}                                     # a sound that was written is tokens
     ids, tensors, extras = read(chat)
-    if media and not tensors:
+    given = any(p['type'] not in ('text', 'box') for m in chat for p in m['content'] if m['role'] != 'assistant')         # an answer's media may be tokens
+    if media and given and not tensors:
         raise EncodeError(sample, f'{type(enc.processor).__name__} made nothing of {len(media)} media; expected a processor that takes them')
-    check_heard(enc, chat, media, tensors, lambda chat: read(chat)[1], sample)
+    check_heard(enc, chat, media, heard(ids, tensors), lambda chat: heard(*read(chat)[:2]), sample)
     return ids, cast(tensors, enc.dtype), extras
 
 def cast(
@@ -488,12 +490,14 @@ def prompt(
     raw = enc.tokenize(text)
     cut = last_in(raw, enc.placeholders)
     if not cut and not media and (zeros := plain(enc, text, len(raw))) is not None: return Context(raw, {}, zeros, None, text, keys)
-    kind = kind_of(enc, raw, cut, media) if cut else None
-    name = kind if enc.ruler else (keys, tuple(raw[:cut]))
+    drawn = [d for m in sample.messages[:k] if m.role == 'assistant' for p in m.parts if (d := enc.read(p))] if enc.ruler else []
+    kind = kind_of(enc, raw, cut, media) if cut and not drawn else None
+    name = kind if enc.ruler and not drawn else (keys, tuple(raw[:cut]))
     head = enc._heads.get(name) if cut else None
     if head is None and (head := alike(enc, kind, media)) is not None: enc._heads.make(name, lambda: head)
     if head is not None: return head.then(raw[cut:], text, keys)
     ids, tensors, extras = process(enc, chat, media, sample)
+    if drawn: ids = enc.ruler.apart(enc, ids, drawn)
     if not cut and not media: learn(enc, text, ids == raw and not tensors, extras)
     whole = Context(ids, {} if enc.ruler else tensors, extras, rope_positions(enc.model, torch.tensor(ids), tensors, extras, enc.told), text, keys)
     if cut and (head := whole.head(len(ids) - len(raw[cut:]), raw[cut:])) is not None:

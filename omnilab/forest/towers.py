@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Arrived', 'reached', 'readers', 'takes', 'outputs', 'growing', 'flat', 'Told', 'Tower', 'stem', 'tower_outputs',
-           'without', 'kept', 'let_pass', 'alike', 'taken', 'learn', 'Touched', 'weights', 'in_mode', 'restless',
-           'TowerError', 'objection', 'digest', 'Towers', 'on', 'study', 'key_of', 'Desk', 'Both', 'check_rows',
-           'make_all', 'through']
+           'without', 'kept', 'spared', 'let_pass', 'alike', 'taken', 'learn', 'Touched', 'weights', 'in_mode',
+           'restless', 'TowerError', 'objection', 'digest', 'Towers', 'on', 'study', 'key_of', 'Desk', 'Both',
+           'check_rows', 'make_all', 'through']
 
-# %% ../../nbs/forest/17_towers.ipynb #2005577d
+# %% ../../nbs/forest/17_towers.ipynb #1c9f1eb0
 import hashlib, inspect, json, warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
@@ -31,7 +31,7 @@ from .encode import EncodeError, encode
 from .shards import FORMAT, BrokenShard, Heads, Media
 from .tree import Row, forest
 
-# %% ../../nbs/forest/17_towers.ipynb #0a8a52c3
+# %% ../../nbs/forest/17_towers.ipynb #9fb0d04f
 class Arrived(Exception):
     "What the language model is called with."
 
@@ -46,7 +46,7 @@ def reached(
         except Arrived as e: return [x for x in tree_leaves(e.args) if torch.is_tensor(x) and x.is_floating_point()]
     raise ValueError(f'{type(model).__name__}: its forward never called its language model')
 
-# %% ../../nbs/forest/17_towers.ipynb #cb60c7ba
+# %% ../../nbs/forest/17_towers.ipynb #6ea47f6a
 def readers(
     model:nn.Module, # a `PreTrainedModel`
 )->dict[str, Callable]: # kind -> what turns its inputs into outputs
@@ -70,7 +70,7 @@ def outputs(
     "What a tower, and the projector behind it, make of media."
     return readers(model)[kind](**{n: media[n] for n in takes(model, media)[kind]}, return_dict=True)
 
-# %% ../../nbs/forest/17_towers.ipynb #683ba349
+# %% ../../nbs/forest/17_towers.ipynb #699ca490
 def growing(
     one, # outputs of a row: tensors, and lists of them
     two, # the same of two rows
@@ -92,7 +92,7 @@ def flat(
     if name in grown: return {f'{name}.+': torch.cat(list(x))}
     return {k: v for i, y in enumerate(x) for k, v in flat(y, f'{name}.{i}', grown).items()}
 
-# %% ../../nbs/forest/17_towers.ipynb #23047578
+# %% ../../nbs/forest/17_towers.ipynb #5f28d0e1
 class Told:
     "Outputs that remember which of their fields were read."
     def __init__(self, out): self.out, self.read = out, []
@@ -105,6 +105,7 @@ class Tower:
     fields:tuple[str, ...]      # that the forward reads
     grown:frozenset[str]        # names of lists with an item for each medium
     place:str = ''              # input in whose place they are handed over; '': the forward's own keyword
+    beside:tuple[str, ...] = () # inputs of the tower that the forward wants to see all the same
     @property
     def stem(self)->str: return stem(self.kind, self.place)
 
@@ -123,18 +124,21 @@ def without(media:Mapping[str, Tensor], gone:set[str])->Mapping[str, Tensor]: # 
     if isinstance(media, Media): return Media(media.shard, {k: n for k, n in media.names.items() if k not in gone}, media.again)
     return {k: v for k, v in media.items() if k not in gone}
 
-# %% ../../nbs/forest/17_towers.ipynb #940263ec
+# %% ../../nbs/forest/17_towers.ipynb #787666ea
 def kept(
     model:nn.Module, # a `PreTrainedModel`
     towers:list[Tower], # that are known
     row:Row, # any
 )->Row: # with outputs in the place of inputs
     "A row whose media no tower needs to read again."
-    used = takes(model, row.media)
-    made = {k: v for t in towers if t.kind in used for k, v in tower_outputs(model, t, row.media).items()}
-    return replace(row, media={**made, **without(row.media, {n for t in towers for n in used.get(t.kind, ())})})
+    made = {k: v for t in towers if t.kind in takes(model, row.media) for k, v in tower_outputs(model, t, row.media).items()}
+    return replace(row, media={**made, **without(row.media, spared(model, towers, row))})
 
-# %% ../../nbs/forest/17_towers.ipynb #848670b9
+def spared(model:nn.Module, towers:list[Tower], row:Row)->set[str]: # names of a row's inputs that outputs stand for
+    used = takes(model, row.media)
+    return {n for t in towers for n in used.get(t.kind, ()) if n not in t.beside}
+
+# %% ../../nbs/forest/17_towers.ipynb #9f1fba6c
 def let_pass(
     model:nn.Module, # changed in place
     kind:str, # image, audio or video
@@ -151,32 +155,37 @@ def let_pass(
             return getattr(type(self), name)(self, *args, **kw) if torch.is_tensor(first) else first
         if on: setattr(m, name, MethodType(passing, m))                 # a method: a copy of the model has one of its own
 
-# %% ../../nbs/forest/17_towers.ipynb #a60654e7
+# %% ../../nbs/forest/17_towers.ipynb #c513ed73
 def alike(
     xs:list[Tensor], # what reached a language model
     ys:list[Tensor], # the same, another way
 )->bool:
     "The same up to rounding, since a matrix product may add up in another order for other sizes."
-    near = lambda x, y: x.shape == y.shape and (x - y).abs().max() <= 16 * torch.finfo(x.dtype).eps * (1 + x.abs().max())
+    def near(x, y):
+        if x.shape != y.shape or not x.is_floating_point(): return x.equal(y)
+        return (x - y).abs().max() <= 16 * torch.finfo(x.dtype).eps * (1 + x.abs().max())
     return len(xs) == len(ys) and all(map(near, xs, ys))
 
 def taken(
     model:nn.Module, # a `PreTrainedModel`
     want:list[Tensor], # what should reach its language model
-    inputs:dict, # keywords of its forward, without media
+    inputs:dict, # keywords of its forward
     told:dict[str, Told], # kind -> outputs
     used:dict[str, list[str]], # kind -> names of the inputs that its tower takes
-)->dict[str, str]|None: # kind -> place, as in `Tower`; None: the forward doesn't take them
+)->dict[str, tuple[str, tuple[str, ...]]]|None: # kind -> place and beside, as in `Tower`; None: the forward doesn't take them
     "How a forward takes outputs."
-    if alike(want, reached(model, inputs | {OUTPUTS: told})): return dict.fromkeys(told, '')
-    places = {kind: names[0] for kind, names in used.items()}
+    rest = without(inputs, {n for names in used.values() for n in names})
+    if alike(want, reached(model, rest | {OUTPUTS: told})): return dict.fromkeys(told, ('', ()))
     for kind in told: let_pass(model, kind)
-    try: fits = alike(want, reached(model, inputs | {places[kind]: t for kind, t in told.items()}))
-    except Exception: fits = False                                      # it does more with the input than hand it to the tower
-    if fits: return places
+    for others in (lambda names: (), lambda names: tuple(names[1:])):       # some forwards look for a mask before they ask the tower
+        how = {kind: (names[0], others(names)) for kind, names in used.items()}
+        given = {n: inputs[n] for _, names in how.values() for n in names} | {how[kind][0]: t for kind, t in told.items()}
+        try: fits = alike(want, reached(model, rest | given))
+        except Exception: fits = False                                  # it does more with the input than hand it to the tower
+        if fits: return how
     for kind in told: let_pass(model, kind, False)
 
-# %% ../../nbs/forest/17_towers.ipynb #182c0364
+# %% ../../nbs/forest/17_towers.ipynb #5986d0de
 def learn(
     model:nn.Module, # a `PreTrainedModel`
     rows:list[Row], # two, with a medium of one kind each
@@ -186,18 +195,19 @@ def learn(
     inputs = pack.model_inputs()
     want, used = reached(model, inputs), takes(model, pack.media)
     with torch.no_grad(): told = {kind: Told(outputs(model, kind, pack.media)) for kind in used}
-    rest, found = without(inputs, {n for names in used.values() for n in names}), []
-    if not told or (places := taken(model, want, rest, told, used)) is None: return []
+    found = []
+    if not told or (how := taken(model, want, inputs, told, used)) is None: return []
     with torch.no_grad(): alone = {kind: outputs(model, kind, rows[0].media) for kind in used}
     for kind, t in told.items():
-        fields, name = tuple(dict.fromkeys(t.read)), stem(kind, places[kind])
+        place, beside = how[kind]
+        fields, name = tuple(dict.fromkeys(t.read)), stem(kind, place)
         grown = {k for f in fields for k in growing(getattr(alone[kind], f), getattr(t.out, f), f'{name}.{f}')}
-        found.append(Tower(kind, fields, frozenset(grown), places[kind]))
+        found.append(Tower(kind, fields, frozenset(grown), place, beside))
     done = collate(forest([kept(model, found, r) for r in rows])).to(model.device)
     if not alike(want, reached(model, done.model_inputs())): raise ValueError('outputs of two rows, joined, are not those of both')
     return found
 
-# %% ../../nbs/forest/17_towers.ipynb #c365707a
+# %% ../../nbs/forest/17_towers.ipynb #4323090c
 class Touched(TorchFunctionMode):
     "Remembers the tensors that something was computed from."
     def __init__(self): super().__init__(); self.ids = set()
@@ -214,7 +224,7 @@ def weights(
     with torch.no_grad(), Touched() as seen: outputs(model, kind, media)
     return {n: x for n, x in [*model.named_parameters(), *model.named_buffers()] if id(x) in seen.ids}
 
-# %% ../../nbs/forest/17_towers.ipynb #b69cbfc3
+# %% ../../nbs/forest/17_towers.ipynb #25c7ccf7
 @contextmanager
 def in_mode(
     model:nn.Module, # any
@@ -241,7 +251,7 @@ def restless(
         finally:
             for b, old in held: b.copy_(old)
 
-# %% ../../nbs/forest/17_towers.ipynb #3736b24d
+# %% ../../nbs/forest/17_towers.ipynb #25fd2d6e
 class TowerError(ValueError):
     "Outputs that can't be kept: one line."
 
@@ -256,7 +266,7 @@ def objection(
     if restless(model, tower, media): return f'{tower.kind}: what its tower makes is random in training (dropout); expected none in a frozen tower'
     return ''
 
-# %% ../../nbs/forest/17_towers.ipynb #bbe4c909
+# %% ../../nbs/forest/17_towers.ipynb #fdc3e394
 def digest(x:Tensor)->str: # of a tensor's bits
     "A hash of a tensor."
     return hashlib.sha256(x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()).hexdigest()
@@ -273,7 +283,7 @@ class Towers:
 
     @cached_property
     def name(self)->str: # 16 hex digits
-        c, towers = self.model.config, sorted((t.kind, t.fields, sorted(t.grown), t.place) for t in self.known.values())
+        c, towers = self.model.config, sorted((t.kind, t.fields, sorted(t.grown), t.place, t.beside) for t in self.known.values())
         made_of = {n: [str(x.dtype), [*x.shape], digest(x)] for n, x in sorted(self.made_of.items())}
         return fingerprint(dict(format=FORMAT, model=type(self.model).__qualname__, code=code(self.model), config=plain(c.to_dict()), made_of=made_of,
                                 attention=c._attn_implementation, precision=str(self.dtype), versions={k: installed(k) for k in LIBRARIES}, towers=towers))
@@ -289,7 +299,7 @@ class Towers:
 
 def on(row:Row, device:torch.device)->Row: return replace(row, media={k: row.media[k].to(device) for k in row.media})     # with its media there
 
-# %% ../../nbs/forest/17_towers.ipynb #5c39cb05
+# %% ../../nbs/forest/17_towers.ipynb #f5a21f13
 def study(
     model:nn.Module, # as it will be trained, adapters inside
     enc:Encoder, # with its processor
@@ -312,7 +322,7 @@ def study(
             else: out.known[t.kind] = t; out.made_of |= weights(model, t.kind, media)
     return out
 
-# %% ../../nbs/forest/17_towers.ipynb #d805ef95
+# %% ../../nbs/forest/17_towers.ipynb #343d2246
 def key_of(
     row:Row, # with media that some tower reads
     towers:Towers, # that read them
@@ -342,7 +352,7 @@ class Desk:
         self.writer.kept[key] = [self.make(row)]
         return self.writer.kept[key][0].media
 
-# %% ../../nbs/forest/17_towers.ipynb #b1b679ee
+# %% ../../nbs/forest/17_towers.ipynb #e125f11a
 class Both(Mapping):
     "Two mappings as one, whose tensors are read when they are asked for."
     def __init__(self, one, two): self.parts = one, two
@@ -350,7 +360,7 @@ class Both(Mapping):
     def __len__(self): return sum(map(len, self.parts))
     def __getitem__(self, k): return self.parts[k not in self.parts[0]][k]
 
-# %% ../../nbs/forest/17_towers.ipynb #d9ceb8b0
+# %% ../../nbs/forest/17_towers.ipynb #799938ea
 def check_rows(
     rows:list[Row], # of a data set
     towers:Towers, # of its model
@@ -376,7 +386,7 @@ def make_all(
     for k in missing:
         if k not in desk.cache.where and k not in desk.writer.kept: desk.writer.kept[k] = [desk.make(todo[k])]     # another process' disk is full
 
-# %% ../../nbs/forest/17_towers.ipynb #4b35336a
+# %% ../../nbs/forest/17_towers.ipynb #27a59f57
 def through(
     rows:list[Row], # of a data set, from the cache or not
     towers:Towers, # of its model
@@ -396,6 +406,6 @@ def through(
         make_all(todo, desk, progress)
         made = {k: desk.find(k, r) for k, r in todo.items()}
     def ready(row, key):
-        rest = without(row.media, {n for names in towers.reads(row).values() for n in names})
+        rest = without(row.media, spared(towers.model, [*towers.known.values()], row))
         return replace(row, media=Both(made[key], rest) if rest else made[key])
     return [ready(r, k) if k else r for r, k in zip(rows, keys)]

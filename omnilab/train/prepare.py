@@ -24,7 +24,8 @@ class PrepareRecipe:
     max_length:Whole = opt(0, 'tokens of a pack; longer rows are problems; 0: any length')
     turns:Literal['all', 'last'] = opt('all', "the assistant's turns that are learned")
     system:str = opt('', 'said by the system at the beginning of every conversation that has no system message; empty: nothing')
-    lengths:Literal['encoded', 'sizes'] = opt('encoded', 'sizes: a first look, as exact; headers of media tell, so nothing is encoded or kept')
+    lengths:Literal['encoded', 'sizes'] = opt('encoded', 'sizes: a first look, as exact; headers of media tell, so nothing is decoded or kept (what '
+                                             'no header tells is encoded, and said)')
     decode:bool = opt(False, 'decode all media now, which finds what a header hides')
     cache:bool = opt(True, 'keep the encoded rows (settings: paths.cache), where a run with the same options finds them')
     workers:Whole = opt(0, 'processes that encode beside this one; 0: it does so itself, or, with ray, one a core')
@@ -78,8 +79,9 @@ def encoded(
     model, how = Facts.of(loaded.model), dict(turns=recipe.turns, on_error='skip', workers=recipe.workers)
     if recipe.lengths == 'sizes':
         found = lengths(samples, loaded.processor, model, recipe.turns, 'skip')
-        all_the_same = [f'{n:,} samples encoded for {why}' for why, n in found.decoded.items()]
-        return found.rows, found.problems, '; '.join(['lengths by sizes, nothing is kept', *all_the_same])
+        beside = [f'{n:,} samples encoded for {why}' for why, n in found.decoded.items()]
+        beside += [f'{n:,} media in answers by their sizes, as if they had no codes in common'] if (n := found.said['codes']) else []
+        return found.rows, found.problems, '; '.join(['lengths by sizes, nothing is kept', *beside])
     if recipe.cache:
         if recipe.ray: rows = encode_on_ray(samples, loaded.processor, model, address=recipe.ray, **how)
         else: rows = encode_once(samples, loaded.processor, model, **how)
