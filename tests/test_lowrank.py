@@ -87,7 +87,7 @@ def test_bytes_and_steps_in_the_backward_pass(kind, int8, layer, clip, tmp_path)
     from omnilab.train.checkpoint import Checkpoint, moving, resume
     from omnilab.train.loop import train
     from omnilab.train.optim import optimizers
-    from omnilab.tune.galore import InBackward
+    from omnilab.tune.backward import InBackward
     from omnilab.tune.qgalore import Int8Linear, from_int8
     def build(seed, layer=layer):
         run = two.build(seed, dropout=.2)
@@ -117,7 +117,8 @@ def worker(rank):
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
     from omnilab.tune.apollo import Apollo
-    from omnilab.tune.galore import GaLore, InBackward
+    from omnilab.tune.backward import InBackward
+    from omnilab.tune.galore import GaLore
     from omnilab.tune.qgalore import QGaLore
     dist.init_process_group('gloo', init_method=os.environ['STORE'], rank=rank, world_size=2)
     for make in (GaLore, Apollo, QGaLore):
