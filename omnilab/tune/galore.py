@@ -111,7 +111,7 @@ def adam8(
 INNER = {'adamw': adam, 'adamw8bit': adam8, 'adafactor': adafactor}
 
 # %% ../../nbs/tune/08_galore.ipynb #938e7eba
-CARRY = ('rotate', 'keep', 'reset')
+CARRY = ('keep', 'rotate', 'reset')
 
 def carry(
     state:dict, # moments of `adam`, `adam8` or `adafactor`; changed in place
@@ -196,7 +196,7 @@ class GaLore(LowRank):
         every:int=200, # steps between refreshes of the directions
         scale:float=.25, # on every update
         inner:str='adamw', # what runs inside: one of INNER
-        moments:str='rotate', # at a refresh: one of CARRY
+        moments:str='keep', # at a refresh: one of CARRY
         betas:tuple[float, float]=(.9, .95), # as for `adam`
         eps:float=1e-8, # as for `adam`
         weight_decay:float=0., # decoupled, as AdamW's
