@@ -87,7 +87,7 @@ def test_bytes_and_steps_in_the_backward_pass(kind, int8, layer, clip, tmp_path)
     from omnilab.train.checkpoint import Checkpoint, moving, resume
     from omnilab.train.loop import train
     from omnilab.train.optim import optimizers
-    from omnilab.tune.galore import InBackward
+    from omnilab.tune.backward import InBackward
     from omnilab.tune.qgalore import Int8Linear, from_int8
     def build(seed, layer=layer):
         run = two.build(seed, dropout=.2)
@@ -117,7 +117,8 @@ def worker(rank):
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
     from omnilab.tune.apollo import Apollo
-    from omnilab.tune.galore import GaLore, InBackward
+    from omnilab.tune.backward import InBackward
+    from omnilab.tune.galore import GaLore
     from omnilab.tune.qgalore import QGaLore
     dist.init_process_group('gloo', init_method=os.environ['STORE'], rank=rank, world_size=2)
     for make in (GaLore, Apollo, QGaLore):
@@ -133,6 +134,8 @@ def worker(rank):
     for shape in ((6, 10), (10, 6), (6, 7)):                                  # tall, wide, and rows that can't be shared out evenly
         for make, kw in ((GaLore, {}), (GaLore, dict(inner='adafactor')), (GaLore, dict(inner='adamw8bit')), (QGaLore, {}), (Apollo, {})):
             sharded(rank, make, shape, **kw)
+            goes_on(rank, make, shape, **kw)
+    rounds_differently(rank)
     dist.destroy_process_group()
 
 
@@ -147,6 +150,39 @@ def sharded(rank, make, shape, **kw):
     assert all(type(v) is torch.Tensor for v in opt.state[net.weight].values())
     want = alone(make, shape, weight_decay=.1, **kw)
     assert torch.allclose(net.weight.full_tensor(), want, atol=1e-5) and not torch.allclose(start(shape)[0].weight, want, atol=1e-2), (make, shape, kw)
+
+
+def goes_on(rank, make, shape, **kw):
+    "FSDP2, stopped after three of five steps: what a checkpoint holds is whole, and from it the run ends at the same bits."
+    from torch.distributed.fsdp import fully_shard
+    from omnilab.train.checkpoint import divided_state, gathered, load_weights, moving
+    def begin(seed):
+        net, x = start(shape); torch.manual_seed(seed)
+        torch.nn.init.normal_(net.weight) if seed else None
+        fully_shard(net)
+        return net, make(net.parameters(), .05, rank=3, every=2, **kw), share(make, x, rank)
+    def go(net, opt, part, steps):
+        for _ in range(steps): net(part).square().mean().backward(); opt.step(); opt.zero_grad()
+    straight, first, again = begin(0), begin(0), begin(9)
+    go(*straight, 5); go(*first, 3)
+    weights, state = gathered(moving(first[0])), gathered(first[1].state_dict())
+    assert weights['weight'].shape == first[0].weight.shape and not again[0].weight.to_local().equal(first[0].weight.to_local())
+    load_weights(again[0], weights); again[1].load_state_dict(divided_state(state, again[1]))
+    go(*again, 2)
+    assert again[0].weight.to_local().equal(straight[0].weight.to_local()), (make, shape, kw)
+
+
+def rounds_differently(rank):
+    "A process that would find other directions takes those of the first, or replicas would part."
+    import torch.distributed as dist
+    import omnilab.tune.galore as galore
+    plain = galore.subspace
+    if rank: galore.subspace = lambda G, r, old=None, **kw: plain(G + .1 * G.flip(0), r, old, **kw)
+    net, x = start(); opt = galore.GaLore(net.parameters(), .05, rank=3, every=2)
+    for _ in range(5): net(x).square().mean().backward(); opt.step(); opt.zero_grad()
+    both = [torch.empty_like(net.weight) for _ in range(2)]; dist.all_gather(both, net.weight.detach())
+    assert both[0].equal(both[1])
+    galore.subspace = plain
 
 
 def share(make, x, rank):

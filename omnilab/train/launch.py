@@ -53,15 +53,17 @@ def refuse(
     recipe, # what would be run
 ):
     "One line for what can't be done on this machine."
-    if not sharded(kind): return
-    t, name = recipe.train, str(kind).rpartition('.')[2]
-    wrong = {'its checkpoints are not written yet; expected fsdp2': name == 'DEEPSPEED',
+    name, t, g = str(kind).rpartition('.')[2], recipe.train, recipe.galore
+    if name == 'NO': return
+    alone = {'galore.int8: gradients of bytes are not averaged; expected one process': g.int8,
+             'galore.per_layer: matrices move in the backward pass, where processes still exchange gradients; expected one process': g.per_layer}
+    parts = {'its checkpoints are not written yet; expected fsdp2': name == 'DEEPSPEED',
              'data.test: answers cannot be generated from divided weights; expected none here, and omnilab eval afterwards': recipe.data.test,
-             f'train.optimizer = {t.optimizer!r}: expected adamw': t.optimizer != 'adamw',
+             "train.optimizer = 'muon': it sees whole matrices; expected adamw, galore, qgalore or apollo": t.optimizer == 'muon',
              'adapter.kind = lisa: expected another': recipe.adapter.kind == 'lisa',
              'model.quantize: quantised weights cannot be divided; expected none': recipe.model.quantize != 'none',
              'train.compile: expected false': t.compile}
-    for said, so in wrong.items():
+    for said, so in (alone | (parts if sharded(kind) else {})).items():
         if so: raise RecipeError(f'{name}: {said}')
 
 # %% ../../nbs/train/10_launch.ipynb #8472082e

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from ..forest.loader import Ticket, share
 from .reach import settle
-from ..tune.galore import InBackward
+from ..tune.backward import InBackward
 
 # %% ../../nbs/train/04_loop.ipynb #a9ece303
 @dataclass

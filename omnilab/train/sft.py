@@ -267,7 +267,7 @@ def prepare_run(
     from omnilab.train.loop import accelerator, prepare
     from omnilab.train.optim import optimizers, schedule
     from omnilab.train.spare import lighten
-    from omnilab.tune.galore import InBackward
+    from omnilab.tune.backward import InBackward
     t, acc = recipe.train, accelerator(recipe.train.precision, recipe.train.device)
     refuse(acc.distributed_type, recipe)
     set_seed(t.seed)
@@ -275,7 +275,6 @@ def prepare_run(
     data = feed(recipe, loaded, packs, acc)
     steps = t.steps or data.steps(t.packs, t.epochs)
     low = {k: v for k, v in asdict(recipe.galore).items() if v is not None and v is not False and k != 'per_layer'}
-    if recipe.galore.int8 and acc.num_processes > 1: raise RecipeError(f'galore.int8 on {acc.num_processes} processes: expected one')
     if recipe.galore.int8: model, low = model.to(acc.device), low | {'seed': t.seed}
     opts = optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, rates(recipe) | t.lr_scale, part_of(model), low)
     whole, probes = company(loaded, packs, *made_by(packs, model, loaded, recipe))

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'ROOTS', 'INNER', 'CARRY', 'wide', 'exact', 'subspace', 'adam', 'adafactor', 'pad0', 'pack8', 'unpack8',
-           'adam8', 'carry', 'whole', 'local', 'mine', 'LowRank', 'GaLore', 'state_bytes', 'theory', 'InBackward']
+           'adam8', 'carry', 'whole', 'local', 'mine', 'agreed', 'LowRank', 'GaLore', 'state_bytes', 'theory']
 
 # %% ../../nbs/tune/08_galore.ipynb #3c2e3cbf
 from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
@@ -111,7 +111,7 @@ def adam8(
 INNER = {'adamw': adam, 'adamw8bit': adam8, 'adafactor': adafactor}
 
 # %% ../../nbs/tune/08_galore.ipynb #938e7eba
-CARRY = ('rotate', 'keep', 'reset')
+CARRY = ('keep', 'rotate', 'reset')
 
 def carry(
     state:dict, # moments of `adam`, `adam8` or `adafactor`; changed in place
@@ -138,6 +138,14 @@ def mine(
 )->Tensor: # for this process' part
     "What of an update falls here; nothing is sent."
     return distribute_tensor(update.contiguous(), p.device_mesh, p.placements, src_data_rank=None).to_local() if isinstance(p, DTensor) else update
+
+def agreed(
+    x:Tensor, # found by every process from the same numbers
+)->Tensor: # what the first process found
+    "One answer, though cards may round differently."
+    x = x.contiguous()
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1: dist.broadcast(x, 0)
+    return x
 
 # %% ../../nbs/tune/08_galore.ipynb #067a136d
 class LowRank(Optimizer):
@@ -188,7 +196,7 @@ class GaLore(LowRank):
         every:int=200, # steps between refreshes of the directions
         scale:float=.25, # on every update
         inner:str='adamw', # what runs inside: one of INNER
-        moments:str='rotate', # at a refresh: one of CARRY
+        moments:str='keep', # at a refresh: one of CARRY
         betas:tuple[float, float]=(.9, .95), # as for `adam`
         eps:float=1e-8, # as for `adam`
         weight_decay:float=0., # decoupled, as AdamW's
@@ -214,7 +222,7 @@ class GaLore(LowRank):
 
     def refresh(self, G:Tensor, state:dict, group:dict):
         old, r = self.basis(G, state, group), min(group['rank'], len(G))
-        new = exact(G, r) if group['svd'] else subspace(G, r, old, seed=int(state['step']))
+        new = agreed(exact(G, r) if group['svd'] else subspace(G, r, old, seed=int(state['step'])))
         if old is not None: carry(state, new.T @ old, group['moments'])
         self.keep(new, old, state, group)
 
@@ -234,60 +242,3 @@ def theory(
     "What the paper says GaLore holds for a matrix: directions, and two moments."
     short, long = sorted(shape)
     return numbers * rank * (short + 2 * long)
-
-# %% ../../nbs/tune/08_galore.ipynb #1e912dc7
-class InBackward:
-    "Moves each parameter in the last backward pass of a step, and frees its gradient."
-    def __init__(self,
-        optimizers:Iterable[Optimizer], # of any kind
-        clip:float=0., # largest norm of all gradients together, measured in a pass before; 0: not clipped
-        model:nn.Module|None=None, # whose buffers two passes must not change
-    ):
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise ValueError('updates in the backward pass come before gradients are averaged; expected one process')
-        self.optimizers, self.clip, self.model, self.last, self.measuring, self.factor, self.norms = list(optimizers), clip, model, True, False, 1., {}
-        def when(o, i): return lambda p: self.seen(o, i, p) if self.last else None
-        self.hooks = [p.register_post_accumulate_grad_hook(when(o, i))
-                      for o in self.optimizers for i, g in enumerate(o.param_groups) for p in g['params']]
-
-    def seen(self, optimizer:Optimizer, i:int, p:nn.Parameter):
-        "A gradient is complete."
-        if p in self.norms: raise RuntimeError(f'a parameter of shape {list(p.shape)} gets its gradient in several pieces; expected one a pass')
-        self.norms[p] = p.grad.norm()
-        if not self.measuring: self.update(optimizer, i, p)
-        p.grad = None
-
-    def update(self, optimizer:Optimizer, i:int, p:nn.Parameter):
-        "One parameter's step, as if it were the only one."
-        if not torch.isfinite(p.grad.norm()): raise FloatingPointError(f'a gradient of shape {list(p.shape)} is not finite; expected finite numbers')
-        p.grad.mul_(self.factor)
-        groups = optimizer.param_groups
-        optimizer.param_groups = [{**groups[i], 'params': [p]}]
-        try: optimizer.step()
-        finally: optimizer.param_groups = groups
-
-    def versions(self)->list[int]: return [b._version for b in self.model.buffers()] if self.model else []     # one more with every change
-    def norm(self)->Tensor: # of all gradients of the last pass, added up in the order of `clip_grad_norm_`, or bits would differ
-        known = [p for p in (self.model.parameters() if self.model else ()) if p in self.norms]
-        return torch.linalg.vector_norm(torch.stack([self.norms[p] for p in dict.fromkeys([*known, *self.norms])]))
-
-    def run(self, f:Callable): # f: forward and backward of a step's only batch; what it gives
-        "A step; the passes that it needs."
-        self.norms, old = {}, self.versions()
-        if self.clip:
-            with torch.random.fork_rng(): self.measuring = True; f()
-            if old != self.versions(): raise ValueError('the forward pass changes buffers, and would do so twice; expected no clipping')
-            if not torch.isfinite(norm := self.norm()): raise FloatingPointError(f'the norm of the gradient is {norm}; weights are as before the step')
-            self.measuring, self.factor, self.norms = False, (self.clip / (norm + 1e-6)).clamp(max=1), {}
-        return f()
-
-    def step(self):
-        "What the last backward pass didn't reach."
-        for o in self.optimizers:
-            for i, g in enumerate(o.param_groups):
-                for p in g['params']:
-                    if p.grad is not None: self.update(o, i, p); p.grad = None
-        self.norms = {}
-
-    def remove(self):
-        for h in self.hooks: h.remove()
