@@ -1865,6 +1865,12 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                           'omnilab.models.processor.spell': ('models/processor.html#spell', 'omnilab/models/processor.py'),
                                           'omnilab.models.processor.video_frames': ( 'models/processor.html#video_frames',
                                                                                      'omnilab/models/processor.py')},
+            'omnilab.models.tokens': { 'omnilab.models.tokens.TokenError': ('models/tokens.html#tokenerror', 'omnilab/models/tokens.py'),
+                                       'omnilab.models.tokens.add_tokens': ('models/tokens.html#add_tokens', 'omnilab/models/tokens.py'),
+                                       'omnilab.models.tokens.begin': ('models/tokens.html#begin', 'omnilab/models/tokens.py'),
+                                       'omnilab.models.tokens.check_room': ('models/tokens.html#check_room', 'omnilab/models/tokens.py'),
+                                       'omnilab.models.tokens.grow': ('models/tokens.html#grow', 'omnilab/models/tokens.py'),
+                                       'omnilab.models.tokens.words_of': ('models/tokens.html#words_of', 'omnilab/models/tokens.py')},
             'omnilab.models.twin': { 'omnilab.models.twin.TwinError': ('models/twin.html#twinerror', 'omnilab/models/twin.py'),
                                      'omnilab.models.twin.change': ('models/twin.html#change', 'omnilab/models/twin.py'),
                                      'omnilab.models.twin.check_small': ('models/twin.html#check_small', 'omnilab/models/twin.py'),
@@ -2608,4 +2614,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'omnilab.tune.targets.match': ('tune/targets.html#match', 'omnilab/tune/targets.py'),
                                       'omnilab.tune.targets.prefixes': ('tune/targets.html#prefixes', 'omnilab/tune/targets.py'),
                                       'omnilab.tune.targets.select': ('tune/targets.html#select', 'omnilab/tune/targets.py'),
-                                      'omnilab.tune.targets.share': ('tune/targets.html#share', 'omnilab/tune/targets.py')}}}
+                                      'omnilab.tune.targets.share': ('tune/targets.html#share', 'omnilab/tune/targets.py')},
+            'omnilab.tune.tokens': { 'omnilab.tune.tokens.configured': ('tune/tokens.html#configured', 'omnilab/tune/tokens.py'),
+                                     'omnilab.tune.tokens.tables': ('tune/tokens.html#tables', 'omnilab/tune/tokens.py'),
+                                     'omnilab.tune.tokens.widened': ('tune/tokens.html#widened', 'omnilab/tune/tokens.py')}}}

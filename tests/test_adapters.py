@@ -10,14 +10,17 @@ import omnilab     # noqa: F401 (torchvision's operators)
 from omnilab.models.load import load
 from omnilab.objectives.exact import check_forest
 from omnilab.train.recipe import AdapterArgs
-from omnilab.train.sft import OWN, main
-from omnilab.tune.adapters import KINDS, PROMPTS, load_adapter, merge
+from omnilab.train.sft import OF_LORA, OWN, main
+from omnilab.tune.adapters import KINDS, MOVED, PROMPTS, load_adapter, merge
 
 CPU = ['--model.dtype', 'float32', '--train.device', 'cpu', '--train.tracker', 'none', '--data.cache', 'false']
 OF = {'oft': ['--adapter.options', '{oft_block_size: 16}'], 'fourierft': ['--adapter.options', '{n_frequency: 64}'], 'eva': ['--adapter.options.packs', '2']}
 
 
 def test_recipe_names_every_kind():
+    import peft
+    beside = {k for k, v in KINDS.items() if hasattr(getattr(peft, v.config), 'trainable_token_indices')}
+    assert set(OF_LORA) == beside - set(MOVED)
     assert set(get_args(get_type_hints(AdapterArgs)['kind'])) == {*OWN, *KINDS, *PROMPTS}
 
 
@@ -52,7 +55,7 @@ def logits(model):
 RARE = 'rslora', 'olora', 'boft', 'oft', 'fourierft', 'loha', 'lokr'      # the same way through peft as others: with --run-slow
 
 
-@pytest.mark.parametrize('kind', [pytest.param(k, marks=[pytest.mark.slow] * (k in RARE)) for k in KINDS if k != 'loftq'])
+@pytest.mark.parametrize('kind', [pytest.param(k, marks=[pytest.mark.slow] * (k in RARE)) for k in KINDS if k not in ('loftq', 'tokens')])
 def test_kind(base, tmp_path, kind):
     run = sft(base, tmp_path, kind, '--train.steps', 2)
     told, plain = logits(run.model), load(base/'model', dtype='float32', attn='forest').model
@@ -101,6 +104,40 @@ def test_resumed(base, tmp_path, kind):
     for (n, p), (_, q) in zip(whole.model.state_dict().items(), again.model.state_dict().items()): assert torch.equal(p, q), n
 
 
+@pytest.mark.parametrize('kind', ['tokens', pytest.param('lora', marks=pytest.mark.slow), pytest.param('none', marks=pytest.mark.slow)])
+def test_new_tokens(base, tmp_path, kind):
+    "Added, trained, stopped and gone on with, kept with tokenizer and adapter, found again by the verbs; old rows stay to the bit."
+    class Stop:
+        def on_step(self, run): run.stop = run.step == 2
+    from omnilab.lab import load as lab_load
+    from omnilab.train.evaluate import open_model
+    from omnilab.train.recipe import ModelArgs, SFTRecipe, from_args
+    from omnilab.train.sft import run
+    rows = tmp_path/'rows.jsonl'
+    rows.write_text((base/'rows.jsonl').read_text().replace('"Say', '"<n> Say').replace('"content": "', '"content": "<n>').replace('<n><n>', '<n>'))
+    words = ['--model.name', base/'model', '--data.train', rows, '--adapter.kind', kind, '--model.new_tokens', '<n>,</n>', *CPU, '--train.steps', 4,
+             '--train.max_length', 64, '--train.lr', '1e-2', '--train.weight_decay', '.1']
+    recipe = lambda out, *more: from_args(SFTRecipe, [str(w) for w in [*words, '--output', tmp_path/out, *more]])
+    whole = run(recipe('a'))
+    run(recipe('b'), [Stop()]); again = run(recipe('b'))
+    with pytest.raises(ValueError, match='model.new_tokens.*in the checkpoint'): run(recipe('b', '--model.new_tokens', '<n>,<m>'))
+    assert again.run.step == 4
+    for (n, p), (_, q) in zip(whole.model.state_dict().items(), again.model.state_dict().items()): assert torch.equal(p, q), n
+    plain, told = load(base/'model', dtype='float32').model, logits(whole.model)
+    found = [lab_load(tmp_path/'a'/'model', dtype='float32', device='cpu')]
+    if kind != 'none': found += [open_model(ModelArgs(str(base/'model'), 'float32', 'forest'), str(tmp_path/'a'/'adapter'), 'cpu')]
+    for m in found:
+        torch.testing.assert_close(logits(m.model), told, atol=1e-4, rtol=1e-4)
+        assert m.processor.tokenizer.encode('<n>') == [len(plain.get_input_embeddings().weight)]
+    before, after = (m.get_input_embeddings().weight for m in (plain, found[0].model))
+    assert len(after) == len(before) + 2 and after[:-2].equal(before) == (kind != 'none')
+    if kind == 'tokens':
+        now = found[0].model.state_dict()
+        assert all(p.equal(now[n][:len(p)]) for n, p in plain.state_dict().items())
+        with pytest.raises(ValueError, match='has its own'):
+            open_model(ModelArgs(str(base/'model'), 'float32', 'forest', ['<m>']), str(tmp_path/'a'/'adapter'), 'cpu')
+
+
 def test_reft(base, tmp_path, capfd):
     "Kept beside the model, never in it; found again by the verbs that take an adapter."
     from omnilab.train.evaluate import open_model
@@ -120,6 +157,9 @@ def test_reft(base, tmp_path, capfd):
     (['pissa', '--model.quantize', 'nf4'], 'is quantised; expected one of lora'),
     (['loftq'], 'begins with what 4 bits lose'),
     (['adalora', '--adapter.options.tinit', '9', '--train.steps', '4'], 'expected less than the 4 steps'),
+    (['tokens'], 'there are no new ones; expected model.new_tokens'),
+    (['vera', '--model.new_tokens', '<box>'], 'they would not be trained; expected tokens, lora'),
+    (['lora', '--model.new_tokens', '<|end|>'], "new token '<|end|>': the tokenizer has it already"),
     (['prompt'], 'a pack, which peft would put them before, has many rows'),
     (['lorra'], 'expected none, lora, rslora'),
     (['lisa', '--adapter.r', '4'], 'adapter.r = 4: lisa has none'),

@@ -7,7 +7,7 @@ __all__ = ['AS_LORA', 'RANK', 'KINDS', 'PROMPTS', 'ELSEWHERE', 'MOVED', 'ADAPTER
            'values', 'check_save', 'check_layers', 'quietly', 'adapt', 'apart', 'begun', 'merge', 'save_adapter',
            'check_weights', 'load_adapter', 'ParameterTable', 'parameters']
 
-# %% ../../nbs/tune/01_adapters.ipynb #8e9a9bbc
+# %% ../../nbs/tune/01_adapters.ipynb #bcfde331
 import json, re, warnings
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import nn
 from .targets import GROUPS, AdapterError, group_of, linears, prefixes, select, share
 
-# %% ../../nbs/tune/01_adapters.ipynb #7e3bb5f0
+# %% ../../nbs/tune/01_adapters.ipynb #72def150
 class Kind(NamedTuple):
     "What a method of peft is called there."
     config:str              # peft's class
@@ -38,7 +38,7 @@ class Kind(NamedTuple):
 
 AS_LORA, RANK = dict(r='r', alpha='lora_alpha', dropout='lora_dropout'), dict(r='r', alpha='alpha')
 
-# %% ../../nbs/tune/01_adapters.ipynb #23ff51a0
+# %% ../../nbs/tune/01_adapters.ipynb #73a4f496
 KINDS = {
     'lora': Kind('LoraConfig', AS_LORA),
     'rslora': Kind('LoraConfig', AS_LORA, dict(use_rslora=True)),
@@ -57,16 +57,17 @@ KINDS = {
     'loha': Kind('LoHaConfig', RANK, bits=False),
     'lokr': Kind('LoKrConfig', RANK, bits=False),
     'miss': Kind('MissConfig', dict(r='r', dropout='miss_dropout'), bits=False),
+    'tokens': Kind('TrainableTokensConfig', {}),
 }
 
-# %% ../../nbs/tune/01_adapters.ipynb #ff5315b9
+# %% ../../nbs/tune/01_adapters.ipynb #0251a662
 PROMPTS = dict(prompt='trained vectors stand before a row, and a pack, which peft would put them before, has many rows',
                prefix='keys that no token wrote stand before a row, and a plan of attention knows tokens only')
 
-# %% ../../nbs/tune/01_adapters.ipynb #d1c40400
+# %% ../../nbs/tune/01_adapters.ipynb #27460114
 ELSEWHERE = re.compile(
     'r|alpha|lora_alpha|lora_dropout|bias|fan_in_fan_out|revision|total_step|save_projection|target_parameters|random_loc_seed|projection_prng_key'
-    '|modules_to_save|.*_config|.*_pattern|.*_modules|.*_mode|.*_type|.*_or_path|.*_mapping|.*_version|megatron.*|layers?_.*|trainable_.*')
+    '|modules_to_save|.*_config|.*_pattern|.*_modules|.*_mode|.*_type|.*_or_path|.*_mapping|.*_version|megatron.*|layers?_.*|trainable_.*|token_indices')
 
 def known_options(
     kind:str, # of `KINDS`
@@ -76,7 +77,7 @@ def known_options(
     names = [f.name for f in fields(getattr(peft, k.config))]
     return [*k.own, *(n for n in names if n in kept or not ELSEWHERE.fullmatch(n) and n not in k.told.values())]
 
-# %% ../../nbs/tune/01_adapters.ipynb #b54c4d02
+# %% ../../nbs/tune/01_adapters.ipynb #14cb8336
 def values(
     kind:str, # of `KINDS`
     r:int|None=None, # rank; None: the table's
@@ -103,7 +104,7 @@ def values(
     start = {n: v(r) if callable(v) else v for n, v in k.start.items()}
     return start | told | {n: v for n, v in options.items() if n not in k.own}
 
-# %% ../../nbs/tune/01_adapters.ipynb #2b0e17d5
+# %% ../../nbs/tune/01_adapters.ipynb #0d45909b
 def check_save(
     model:nn.Module, # a `PreTrainedModel`
     save:tuple[str, ...], # names of modules, or their ends
@@ -115,7 +116,7 @@ def check_save(
             ends = list(dict.fromkeys(n.split('.')[-1] for n in names if not n.split('.')[-1].isdigit()))
             raise AdapterError(f'save {word!r}: no such module with weights; this model has {", ".join(ends)}')
 
-# %% ../../nbs/tune/01_adapters.ipynb #21b1b3fb
+# %% ../../nbs/tune/01_adapters.ipynb #921dfc3d
 def check_layers(
     model:nn.Module, # a `PreTrainedModel`
     names:list[str], # of layers, from `select`
@@ -132,15 +133,18 @@ def check_layers(
         if size and m.in_features % size: raise AdapterError(f'options.oft_block_size = {size}: does not divide the {m.in_features} inputs of {n}')
 
 @contextmanager
-def quietly():
+def quietly(
+    rows:bool=False, # of tokens are trained alone, and peft ties head and embeddings itself
+):
     "Without peft's remarks, one a layer, on what is so or is seen to here."
     with warnings.catch_warnings():
+        if rows: warnings.filterwarnings('ignore', 'Model has `tie_word_embeddings=True`.*no implementation exists')
         for said in ('Failed to load the CUDA ext', 'Setting boft_n_butterfly', '.*changes the base weights', 'The following rank_pattern keys',
                      r"Adapter 'default': \d+ LoRA tensor\(s\) have invalid shape"):       # of AdaLoRA: a layer that has lost all its ranks
             warnings.filterwarnings('ignore', said)
         yield
 
-# %% ../../nbs/tune/01_adapters.ipynb #3ca94259
+# %% ../../nbs/tune/01_adapters.ipynb #49a9dcc3
 def adapt(
     model:nn.Module, # a `PreTrainedModel`; stays as it is
     kind:str='lora', # of `KINDS`
@@ -152,23 +156,25 @@ def adapt(
     seed:int=0, # of the adapters' first values
     options:dict[str, Any]|None=None, # see `known_options`
     packs:Iterable=(), # eva: some of what will be learned
+    tokens:list[int]=(), # new ones, whose rows are trained, too
 )->PeftModel: # shares its frozen weights with `model`
     "A model with adapters; only they (and what `save` names) are trained."
+    from omnilab.tune.tokens import configured
     if isinstance(model, PeftModel): raise AdapterError('this model has adapters already; merge it first')
     told, names = values(kind, r, alpha, dropout, options), select(model, targets)
     check_save(model, save)
     if draws := KINDS[kind].seed: told[draws] = seed
-    with torch.random.fork_rng(), quietly():
+    with torch.random.fork_rng(), quietly(kind == 'tokens'):
         torch.manual_seed(seed)
         try:
-            config = getattr(peft, KINDS[kind].config)(target_modules=names, modules_to_save=list(save) or None, **told)
+            config = configured(getattr(peft, KINDS[kind].config), told, names, save, model, tokens)
             check_layers(model, names, kind, config)
             m = get_peft_model(apart(share(model), names if kind in MOVED else ()), config)
         except AdapterError: raise
         except (TypeError, ValueError, RuntimeError, AssertionError) as e: raise AdapterError(f'{kind}: {e}') from None
         return begun(m, kind, {**KINDS[kind].own, **(options or {})}, packs)
 
-# %% ../../nbs/tune/01_adapters.ipynb #78a7577e
+# %% ../../nbs/tune/01_adapters.ipynb #90535abf
 MOVED = ('pissa', 'olora')      # kinds that take out of a weight what they begin with
 
 def apart(
@@ -195,7 +201,7 @@ def begun(
         return {'eva': start.eva, 'loftq': start.loftq, 'adalora': ranks.remember}[kind](model, options, packs)
     return model
 
-# %% ../../nbs/tune/01_adapters.ipynb #516e7f0e
+# %% ../../nbs/tune/01_adapters.ipynb #5c203e70
 def merge(
     model:PeftModel, # with adapters; stays as it is
 )->nn.Module: # a plain model, weights of its own
@@ -207,7 +213,7 @@ def merge(
     with quietly(): plain = deepcopy(model).merge_and_unload(safe_merge=True)       # safe: refuses to write weights that aren't finite
     return plain.requires_grad_(True).eval()
 
-# %% ../../nbs/tune/01_adapters.ipynb #275a3975
+# %% ../../nbs/tune/01_adapters.ipynb #99a440ef
 ADAPTER_FILES = ('adapter_config.json', 'adapter_model.safetensors')
 HELD = 'base.txt'       # beside them: what the base must be held in, where that matters
 
@@ -229,7 +235,7 @@ def save_adapter(
     if held := getattr(model, 'held_in', ''): (Path(path)/HELD).write_text(held)
     return Path(path)
 
-# %% ../../nbs/tune/01_adapters.ipynb #12d83492
+# %% ../../nbs/tune/01_adapters.ipynb #fa6a8c2e
 def check_weights(
     model:PeftModel, # with the adapters loaded
     path:str|Path, # where they came from
@@ -241,7 +247,7 @@ def check_weights(
     for names, said in ((saved - here, 'the model has no place for'), (here - saved, 'the file has no')):
         if names: raise AdapterError(f'{path}: does not fit {type(model.get_base_model()).__name__}; {said} {sorted(names)[0]} ({len(names)} such tensors)')
 
-# %% ../../nbs/tune/01_adapters.ipynb #67281121
+# %% ../../nbs/tune/01_adapters.ipynb #1449b0c2
 def load_adapter(
     model:nn.Module, # the plain model that the adapter was trained on; stays as it is
     path:str|Path, # folder of `save_adapter`
@@ -252,20 +258,22 @@ def load_adapter(
     for file in ADAPTER_FILES:
         if not (Path(path)/file).is_file(): raise AdapterError(f'{path}: expected a folder with {" and ".join(ADAPTER_FILES)}; it has no {file}')
     if isinstance(model, PeftModel): raise AdapterError(f'{path}: this model has adapters already; merge it first')
-    if json.loads((Path(path)/ADAPTER_FILES[0]).read_text()).get('peft_type') == 'REFT':
+    if (method := json.loads((Path(path)/ADAPTER_FILES[0]).read_text()).get('peft_type')) == 'REFT':
         from omnilab.tune.reft import load_reft
         return load_reft(model, path, trainable)
+    from omnilab.tune.tokens import widened
     held = 'nf4' if any(hasattr(p, 'quant_state') for p in model.parameters()) else getattr(model, 'held_in', '')
     if (Path(path)/HELD).is_file() and (wanted := (Path(path)/HELD).read_text()) != held:
         raise AdapterError(f'{path}: completes a base in {wanted}; expected one (model.quantize {wanted}), or the merged model beside it')
     try:
-        with torch.random.fork_rng(), quietly(): m = PeftModel.from_pretrained(share(model), str(path), name, is_trainable=trainable)
+        with torch.random.fork_rng(), quietly(method == 'TRAINABLE_TOKENS'):
+            m = PeftModel.from_pretrained(share(widened(model, path)), str(path), name, is_trainable=trainable)
     except (RuntimeError, ValueError) as e:
         raise AdapterError(f'{path}: does not fit {type(model).__name__} ({" ".join(str(e).split())[:200]})') from None
     check_weights(m, path, name)
     return m if trainable else m.eval()
 
-# %% ../../nbs/tune/01_adapters.ipynb #8310c519
+# %% ../../nbs/tune/01_adapters.ipynb #466e84fc
 @dataclass
 class ParameterTable:
     "Weights by part of the model."
@@ -285,7 +293,7 @@ class ParameterTable:
         ax.set(xscale='log', xlabel='weights'); ax.set_yticks(y, names); ax.invert_yaxis(); ax.legend(frameon=False)
         return ax
 
-# %% ../../nbs/tune/01_adapters.ipynb #0ad78f5c
+# %% ../../nbs/tune/01_adapters.ipynb #775e3d8b
 def parameters(
     model:nn.Module, # plain or with adapters
 )->ParameterTable:
