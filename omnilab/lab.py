@@ -229,8 +229,8 @@ class Run:
     @property
     def report(self)->Path: return self.folder/'report.html'
     @cached_property
-    def model(self)->Model: # ReFT can't be merged: its adapter, on the base
-        held = self.folder/('adapter' if self.recipe.adapter.kind == 'reft' else 'model')
+    def model(self)->Model: # what can't be merged: its adapter, on the base
+        held = self.folder/('model' if (self.folder/'model').is_dir() else 'adapter')
         return load(held, dtype=self.recipe.model.dtype, device=self.recipe.train.device)
 
     def command(self, gpus:int=1, output:str='')->str: # for a terminal

@@ -10,8 +10,9 @@ import omnilab     # noqa: F401 (torchvision's operators)
 from omnilab.models.load import load
 from omnilab.objectives.exact import check_forest
 from omnilab.train.recipe import AdapterArgs
-from omnilab.train.sft import OF_LORA, OWN, main
-from omnilab.tune.adapters import KINDS, MOVED, PROMPTS, load_adapter, merge
+from omnilab.train.sft import APART, OF_LORA, OWN, main
+from omnilab.tune.adapters import KINDS, MOVED, load_adapter, merge
+from omnilab.tune.prompts import PROMPTS
 
 CPU = ['--model.dtype', 'float32', '--train.device', 'cpu', '--train.tracker', 'none', '--data.cache', 'false']
 OF = {'oft': ['--adapter.options', '{oft_block_size: 16}'], 'fourierft': ['--adapter.options', '{n_frequency: 64}'], 'eva': ['--adapter.options.packs', '2']}
@@ -21,7 +22,8 @@ def test_recipe_names_every_kind():
     import peft
     beside = {k for k, v in KINDS.items() if hasattr(getattr(peft, v.config), 'trainable_token_indices')}
     assert set(OF_LORA) == beside - set(MOVED)
-    assert set(get_args(get_type_hints(AdapterArgs)['kind'])) == {*OWN, *KINDS, *PROMPTS}
+    assert set(get_args(get_type_hints(AdapterArgs)['kind'])) == {*OWN, *KINDS}
+    assert {k: OWN[k] for k in PROMPTS} == PROMPTS and set(APART) == {'reft', *PROMPTS}
 
 
 @pytest.fixture(scope='module')
@@ -144,11 +146,40 @@ def test_reft(base, tmp_path, capfd):
     from omnilab.train.recipe import ModelArgs
     words = ['--model.name', base/'model', '--data.train', base/'rows.jsonl', '--adapter.kind', 'reft', *CPU, '--train.steps', 2, '--output', tmp_path]
     run = main([str(w) for w in [*words, '--train.max_length', 64, '--train.lr', '1e-2']], 'omnilab sft')
-    assert 'no weight can hold that' in capfd.readouterr().err and not (tmp_path/'model').exists()
+    assert 'reft changes no weight, and cannot be merged' in capfd.readouterr().err and not (tmp_path/'model').exists()
     again = open_model(ModelArgs(str(tmp_path/'adapter'), 'float32', 'forest'), device='cpu').model
     torch.testing.assert_close(logits(again), logits(run.model))
     findings, _ = check_forest(run.model, run.packs.handles[0].rows[:4])
     assert all(f.ok for f in findings) and len(findings) > 2, findings
+
+
+@pytest.mark.parametrize('kind', ['prefix', pytest.param('prompt', marks=pytest.mark.slow), pytest.param('p-tuning', marks=pytest.mark.slow)])
+def test_prompts(base, tmp_path, capfd, kind):
+    "One row a pack: stopped and gone on with, kept, found again, and answered with, row by row as together."
+    class Stop:
+        def on_step(self, run): run.stop = run.step == 2
+    from omnilab.data.parts import Message
+    from omnilab.engine.local import LocalEngine
+    from omnilab.engine.protocol import Request
+    from omnilab.lab import attach
+    from omnilab.train.recipe import SFTRecipe, from_args
+    from omnilab.train.sft import run
+    words = ['--model.name', base/'model', '--data.train', base/'rows.jsonl', '--adapter.kind', kind, '--adapter.options.tokens', 3, *CPU, '--train.steps', 4,
+             '--train.packs', 2, '--train.max_length', 64, '--train.lr', '1e-1', '--data.packing', 'false', '--data.merge', 'false']
+    recipe = lambda out: from_args(SFTRecipe, [str(w) for w in [*words, '--output', tmp_path/out]])
+    whole = run(recipe('a'))
+    run(recipe('b'), [Stop()]); again = run(recipe('b'))
+    for (n, p), (_, q) in zip(whole.model.state_dict().items(), again.model.state_dict().items()): assert torch.equal(p, q), n
+    assert 'cannot be merged' in capfd.readouterr().err and not (tmp_path/'a'/'model').exists()
+    found = attach(tmp_path/'a').model
+    torch.testing.assert_close(logits(found.model), logits(whole.model), atol=1e-5, rtol=1e-5)
+    assert (logits(found.model)[:, -20:] - logits(load(base/'model', dtype='float32').model)).abs().max() > 1e-3
+    asked = [Request([Message('user', text)], max_new_tokens=3) for text in ('Say 1.', 'Say 1, and then say 2 and 3.')]
+    both = LocalEngine(found.model, found.processor).generate(asked)
+    for r, c in zip(asked, both):
+        [one] = LocalEngine(found.model, found.processor).generate([r])
+        assert one.token_ids == c.token_ids
+        torch.testing.assert_close(torch.tensor(one.logprobs), torch.tensor(c.logprobs))
 
 
 @pytest.mark.parametrize('words, said', [
@@ -160,7 +191,8 @@ def test_reft(base, tmp_path, capfd):
     (['tokens'], 'there are no new ones; expected model.new_tokens'),
     (['vera', '--model.new_tokens', '<box>'], 'they would not be trained; expected tokens, lora'),
     (['lora', '--model.new_tokens', '<|end|>'], "new token '<|end|>': the tokenizer has it already"),
-    (['prompt'], 'a pack, which peft would put them before, has many rows'),
+    (['prompt'], 'expected data.packing: false and data.merge: false'),
+    (['prefix', '--data.packing', 'false', '--data.merge', 'false', '--train.checkpointing'], 'layers that are computed again forget it'),
     (['lorra'], 'expected none, lora, rslora'),
     (['lisa', '--adapter.r', '4'], 'adapter.r = 4: lisa has none'),
     (['pro', '--model.quantize', 'nf4'], 'quantised weights cannot move'),

@@ -58,7 +58,7 @@ def refuse(
     wrong = {'its checkpoints are not written yet; expected fsdp2': name == 'DEEPSPEED',
              'data.test: answers cannot be generated from divided weights; expected none here, and omnilab eval afterwards': recipe.data.test,
              f'train.optimizer = {t.optimizer!r}: expected adamw': t.optimizer != 'adamw',
-             'adapter.kind = lisa: expected another': recipe.adapter.kind == 'lisa',
+             f'adapter.kind = {recipe.adapter.kind}: expected another': recipe.adapter.kind in ('lisa', 'prompt', 'p-tuning', 'prefix'),
              'model.new_tokens: rows of divided tables are not trained alone; expected none': recipe.model.new_tokens,
              'model.quantize: quantised weights cannot be divided; expected none': recipe.model.quantize != 'none',
              'train.compile: expected false': t.compile}

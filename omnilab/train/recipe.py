@@ -81,9 +81,9 @@ class MediaArgs:
 class AdapterArgs:
     "Small matrices beside the frozen weights."
     kind:Literal['none', 'lora', 'rslora', 'dora', 'lora+', 'pissa', 'olora', 'eva', 'loftq', 'adalora', 'vera', 'boft', 'oft', 'fourierft', 'ia3',
-                 'loha', 'lokr', 'miss', 'tokens', 'pro', 'lisa', 'reft', 'prompt', 'prefix'] = opt(
+                 'loha', 'lokr', 'miss', 'tokens', 'pro', 'lisa', 'reft', 'prompt', 'p-tuning', 'prefix'] = opt(
         'lora', 'none: the weights themselves; pro: new layers; lisa: a few layers at a time; reft: hidden states; tokens: rows of model.new_tokens; '
-                'prompt and prefix: refused, with the reason')
+                'prompt, p-tuning and prefix: stand before a row, with data.packing and data.merge: false')
     r:Count|None = opt(None, 'rank, where the kind has one; null: 16, for vera 256')
     alpha:Size|None = opt(None, 'scale, divided by the rank; null: twice the rank')
     dropout:Share = opt(0., "on the adapter's input")
