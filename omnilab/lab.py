@@ -120,14 +120,16 @@ def load(
     device:str='auto', # where it runs
     adapter:str|Path='', # folder of an adapter to put on it
     media:dict|None=None, # options of its processor: {'image': {'max_pixels': …}, 'video': {'fps': …}}
+    new_tokens:list[str]=(), # words to add to its vocabulary, for training: ['<box>']
 )->Model:
     "Load a model and its processor."
     from omnilab.models.options import configure
     from omnilab.train.evaluate import open_model
-    args, media = ModelArgs(str(name) or settings.model.default, dtype or settings.model.dtype, 'forest'), media or {}
+    args, media = ModelArgs(str(name) or settings.model.default, dtype or settings.model.dtype, 'forest', list(new_tokens)), media or {}
     loaded = open_model(args, str(adapter), device)
     loaded = replace(loaded, processor=configure(loaded.processor, **media))
-    return Model(loaded, dict(name=args.name, dtype=args.dtype, device=device, adapter=str(adapter), **({'media': media} if media else {})))
+    more = {k: v for k, v in dict(media=media, new_tokens=args.new_tokens).items() if v}
+    return Model(loaded, dict(name=args.name, dtype=args.dtype, device=device, adapter=str(adapter), **more))
 
 # %% ../nbs/30_lab.ipynb #227da144
 class Rows(Samples):
@@ -228,8 +230,8 @@ class Run:
     @property
     def report(self)->Path: return self.folder/'report.html'
     @cached_property
-    def model(self)->Model: # ReFT can't be merged: its adapter, on the base
-        held = self.folder/('adapter' if self.recipe.adapter.kind == 'reft' else 'model')
+    def model(self)->Model: # what can't be merged: its adapter, on the base
+        held = self.folder/('model' if (self.folder/'model').is_dir() else 'adapter')
         return load(held, dtype=self.recipe.model.dtype, device=self.recipe.train.device)
 
     def command(self, gpus:int=1, output:str='')->str: # for a terminal
@@ -322,7 +324,8 @@ def plan(
 )->SFTRecipe: # whole, but for the rows
     "The recipe of a run that a notebook describes."
     set_ = dict(name=m.name, dtype=m.recipe['dtype'], kind=adapter or 'none', max_length=p.recipe['max_length'], merge=p.recipe['merge'],
-                turns=p.recipe['turns'], on_error=p.recipe['on_error'], packing=p.recipe['packing'], oversize=p.recipe['oversize'], device=m.recipe['device'])
+                turns=p.recipe['turns'], on_error=p.recipe['on_error'], packing=p.recipe['packing'], oversize=p.recipe['oversize'], device=m.recipe['device'],
+                new_tokens=m.recipe.get('new_tokens', []))
     if m.recipe['adapter']: raise ValueError(f'sft: {m.name} with the adapter {m.recipe["adapter"]}; expected a plain model (merge it first)')
     recipe = build(SFTRecipe, entries(set_ | given))
     recipe.output = str(output or settings.paths.runs/run_name(recipe, p.packs))

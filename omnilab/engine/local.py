@@ -24,6 +24,7 @@ from ..forest.context import prompt as encode_prompt
 from ..forest.encode import EncodeError, encode
 from ..forest.template import tokenizer_of
 from ..models.load import capabilities
+from ..tune.prompts import prompted
 
 # %% ../../nbs/engine/01_local.ipynb #190d1275
 class Prompt(NamedTuple):
@@ -238,7 +239,7 @@ class LocalEngine:
         processor:Any, # its processor, or its tokenizer where it has no other
         batch_size:int=32, # rows answered together
     ):
-        self.model, self.processor, self.batch_size = model, processor, batch_size
+        self.model, self.processor, self.batch_size = model, processor, 1 if prompted(model) else batch_size     # padding would part a row from its prompt
         self.encoder = Encoder(processor, model)
         self.stops = self.encoder.stops | turn_end(self.encoder)
         self.pad = next((t for t in (self.encoder.tokenizer.pad_token_id, self.encoder.tokenizer.eos_token_id) if t is not None), 0)

@@ -43,10 +43,11 @@ def described(
     from omnilab.memory.trace import hollow
     from omnilab.models.load import Loaded, answering, read
     from omnilab.models.options import configure
+    from omnilab.models.tokens import add_tokens
     m = recipe.model
     config = answering(read(AutoConfig, m.name))
     dtype = getattr(torch, m.dtype, None) or config.dtype or torch.float32
-    return Loaded(hollow(config, dtype), configure(read(AutoProcessor, m.name), **asdict(recipe.media)), m.name)
+    return add_tokens(Loaded(hollow(config, dtype), configure(read(AutoProcessor, m.name), **asdict(recipe.media)), m.name), m.new_tokens)
 
 # %% ../../nbs/memory/01_planner.ipynb #e0a2a343
 def worst(

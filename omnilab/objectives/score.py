@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from ..forest.bins import guard
 from ..forest.recurrent import prepare_recurrent
+from ..tune.prompts import alone, prompted
 
 # %% ../../nbs/objectives/00_score.ipynb #302ef7af
 class Stats(NamedTuple):
@@ -209,12 +210,13 @@ class Scorer(nn.Module):
         pack, # has `model_inputs()`, `source` [m] and `labels` [m]
     )->Stats: # one number of each kind a target
         for m in self.remembers: m.rope_deltas = None
-        inputs = {**pack.model_inputs(), 'use_cache': False, 'return_dict': True}
+        inputs, source = alone(self.model, pack) if prompted(self.model) else (pack.model_inputs(), pack.source)
+        inputs |= {'use_cache': False, 'return_dict': True}
         if 'forest' in inputs and not self.looked: prepare_recurrent(self.model); self.looked = True
         with capture(self.head) as box: out = self.model(**inputs)
         if box.hidden is None: raise ValueError(f'{type(self.model).__name__}: the forward pass never called its output head')
         if self.finish is None: self.finish = find_finish(self.config, box.raw, out.logits)
-        hidden = box.hidden.reshape(-1, box.hidden.shape[-1]).index_select(0, pack.source)   # [pack.source] would add up its gradients in any order
+        hidden = box.hidden.reshape(-1, box.hidden.shape[-1]).index_select(0, source)   # [source] would add up its gradients in any order
         rows = max(1, self.logits // box.raw.shape[-1])
         if len(pack.labels) <= rows or not is_plain(self.head): return score_chunks(self.score, hidden, pack.labels, rows)
         return Stats(*PlainHead.apply(hidden, self.head.weight, self.head.bias, pack.labels, self.finish[1], self.entropy, rows))

@@ -7,7 +7,7 @@ __all__ = ['SUFFIX', 'AskArgs', 'EvalRecipe', 'InferRecipe', 'CheckRecipe', 'res
            'free_name', 'line_of', 'infer', 'main_infer', 'read_rows', 'score', 'keep', 'main', 'open_checked',
            'main_check']
 
-# %% ../../nbs/train/15_evaluate.ipynb #74b2d4e1
+# %% ../../nbs/train/15_evaluate.ipynb #12fc1f52
 import json, sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Literal
 from ..settings import settings
 from .recipe import Count, ModelArgs, Share, Size, Whole, command, opt, to_yaml
 
-# %% ../../nbs/train/15_evaluate.ipynb #a6148da5
+# %% ../../nbs/train/15_evaluate.ipynb #a153cd45
 @dataclass
 class AskArgs:
     "How answers are generated."
@@ -36,7 +36,7 @@ class EvalRecipe:
     adapter:str = opt('', 'folder of an adapter to put on the model')
     output:str = opt('', 'folder for scores.json and the recipe; empty: only printed')
 
-# %% ../../nbs/train/15_evaluate.ipynb #cb40a805
+# %% ../../nbs/train/15_evaluate.ipynb #6747e113
 @dataclass
 class InferRecipe:
     "Put one question to a model: text, images, sounds and clips in; text, boxes, images and sounds out."
@@ -59,7 +59,7 @@ class CheckRecipe:
     adapter:str = opt('', 'folder of an adapter to put on the model, with --weights')
     device:Literal['auto', 'cpu', 'cuda', 'mps'] = opt(settings.train.device, 'auto: an accelerator if there is one')
 
-# %% ../../nbs/train/15_evaluate.ipynb #2e8f73a2
+# %% ../../nbs/train/15_evaluate.ipynb #76956cd3
 def resolve_adapter(
     name:str, # of a model, or the folder of an adapter
     adapter:str='', # folder of an adapter
@@ -71,7 +71,7 @@ def resolve_adapter(
     if not base: raise ValueError(f'{file}: it names no model; expected the model with --model.name and the adapter with --adapter')
     return base, name
 
-# %% ../../nbs/train/15_evaluate.ipynb #759890e7
+# %% ../../nbs/train/15_evaluate.ipynb #a7d8ce96
 def open_model(
     args:ModelArgs, # name, type of the weights, attention
     adapter:str='', # folder of an adapter
@@ -82,17 +82,19 @@ def open_model(
     import omnilab.forest.attention     # registers 'forest'
     from omnilab.forest.bins import guard
     from omnilab.models.load import load, pick_device
+    from omnilab.models.tokens import add_tokens
     name, adapter = resolve_adapter(args.name, adapter)
-    m = load(name, dtype=args.dtype, attn=args.attention, device=pick_device(device), quantize=args.quantize)
+    m = add_tokens(load(name, dtype=args.dtype, attn=args.attention, device=pick_device(device), quantize=args.quantize), args.new_tokens)
     if adapter:
         from omnilab.tune.adapters import load_adapter
+        if args.new_tokens: raise ValueError(f'model.new_tokens: {adapter} has its own; expected one of them')
         m = replace(m, model=load_adapter(m.model, adapter, trainable), name=f'{name} + {adapter}')
-        own = (Path(adapter)/'processor_config.json').is_file()
-        if own: m = replace(m, processor=type(m.processor).from_pretrained(adapter))        # with the options that it learned with
+        own = any((Path(adapter)/f'{x}_config.json').is_file() for x in ('processor', 'tokenizer'))
+        if own: m = replace(m, processor=type(m.processor).from_pretrained(adapter))        # with options and tokens that it learned with
     guard(m.model)
     return m
 
-# %% ../../nbs/train/15_evaluate.ipynb #1a5d5b61
+# %% ../../nbs/train/15_evaluate.ipynb #d2626014
 def question(
     recipe:InferRecipe, # what is asked
 )->list: # of `Message`
@@ -105,7 +107,7 @@ def question(
     if not parts: raise ValueError('nothing is asked; expected --text, --image, --audio or --video')
     return [Message('system', recipe.system)] * bool(recipe.system) + [Message('user', parts)]
 
-# %% ../../nbs/train/15_evaluate.ipynb #acae1e9a
+# %% ../../nbs/train/15_evaluate.ipynb #3f708460
 SUFFIX = {'image': '.png', 'audio': '.wav', 'video': '.mp4'}
 
 def free_name(
@@ -133,7 +135,7 @@ def line_of(
     {'image': save_image, 'audio': save_audio, 'video': save_video}[part.type](part.value, path)
     return f'{part.type} {path}'
 
-# %% ../../nbs/train/15_evaluate.ipynb #b6b6f33f
+# %% ../../nbs/train/15_evaluate.ipynb #469c4efc
 def infer(
     recipe:InferRecipe, # the model, the question, how to answer
 ): # Completion
@@ -157,7 +159,7 @@ def main_infer(
     except (ValueError, OSError) as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
     return done
 
-# %% ../../nbs/train/15_evaluate.ipynb #57762819
+# %% ../../nbs/train/15_evaluate.ipynb #a1dcb7ff
 def read_rows(
     recipe:EvalRecipe, # the file or card, and what to do with bad rows
 ): # Samples
@@ -171,7 +173,7 @@ def read_rows(
     for s in samples: judge_of(s, world_judges())
     return samples
 
-# %% ../../nbs/train/15_evaluate.ipynb #1123162f
+# %% ../../nbs/train/15_evaluate.ipynb #1a7e32b1
 def score(
     recipe:EvalRecipe, # the model, the rows, how to ask
     progress:bool=True, # show a bar
@@ -186,7 +188,7 @@ def score(
     scores.recipe |= dict(model=m.name, data=recipe.data, skipped=[str(p) for p in samples.problems])
     return scores
 
-# %% ../../nbs/train/15_evaluate.ipynb #f121d8ec
+# %% ../../nbs/train/15_evaluate.ipynb #ede31f62
 def keep(
     scores, # of a finished evaluation
     recipe:EvalRecipe, # what made it
@@ -212,7 +214,7 @@ def main(
     except (ValueError, OSError) as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
     return scores
 
-# %% ../../nbs/train/15_evaluate.ipynb #79348eae
+# %% ../../nbs/train/15_evaluate.ipynb #f1c3f733
 def open_checked(
     recipe:CheckRecipe, # what is asked
 ): # Loaded: a twin, or the model itself
@@ -241,5 +243,5 @@ def main_check(
     if not report.ok: sys.exit(1)
     return report
 
-# %% ../../nbs/train/15_evaluate.ipynb #91fae41d
+# %% ../../nbs/train/15_evaluate.ipynb #a8ec58d9
 if __name__ == '__main__' and '__file__' in globals(): main()

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EVERYWHERE', 'ZERO', 'CONFIGS', 'config', 'sharded', 'refuse', 'LaunchRecipe', 'passed', 'launcher', 'main']
 
-# %% ../../nbs/train/10_launch.ipynb #426adc03
+# %% ../../nbs/train/10_launch.ipynb #321b179d
 import sys, tempfile
 from collections.abc import Callable
 from copy import deepcopy
@@ -15,7 +15,7 @@ from typing import Literal
 import yaml
 from .recipe import RecipeError, SFTRecipe, Whole, command, opt, options, read_args, tables
 
-# %% ../../nbs/train/10_launch.ipynb #13f19e08
+# %% ../../nbs/train/10_launch.ipynb #1ae17312
 EVERYWHERE = dict(compute_environment='LOCAL_MACHINE', num_machines=1, machine_rank=0, use_cpu=False, dynamo_config={})
 ZERO = dict(gradient_accumulation_steps=1, gradient_clipping='auto', offload_optimizer_device='none', offload_param_device='none', zero3_init_flag=False)
 CONFIGS = {
@@ -41,7 +41,7 @@ def config(
         raise RecipeError(f'launch {kind}: one process; expected {"cpus" if c["use_cpu"] else "ddp"} for {processes}')
     return c | {'num_processes': processes or c['num_processes']}
 
-# %% ../../nbs/train/10_launch.ipynb #a5228467
+# %% ../../nbs/train/10_launch.ipynb #bbcbc797
 def sharded(
     kind:str, # accelerate's distributed_type
 )->bool:
@@ -59,14 +59,15 @@ def refuse(
              'galore.per_layer: matrices move in the backward pass, where processes still exchange gradients; expected one process': g.per_layer}
     parts = {'its checkpoints are not written yet; expected fsdp2': name == 'DEEPSPEED',
              'data.test: answers cannot be generated from divided weights; expected none here, and omnilab eval afterwards': recipe.data.test,
-             "train.optimizer = 'muon': it sees whole matrices; expected adamw, galore, qgalore or apollo": t.optimizer == 'muon',
-             'adapter.kind = lisa: expected another': recipe.adapter.kind == 'lisa',
+            "train.optimizer = 'muon': it sees whole matrices; expected adamw, galore, qgalore or apollo": t.optimizer == 'muon',
+            f'adapter.kind = {recipe.adapter.kind}: expected another': recipe.adapter.kind in ('lisa', 'prompt', 'p-tuning', 'prefix'),
+            'model.new_tokens: rows of divided tables are not trained alone; expected none': recipe.model.new_tokens,
              'model.quantize: quantised weights cannot be divided; expected none': recipe.model.quantize != 'none',
              'train.compile: expected false': t.compile}
     for said, so in (alone | (parts if sharded(kind) else {})).items():
         if so: raise RecipeError(f'{name}: {said}')
 
-# %% ../../nbs/train/10_launch.ipynb #8472082e
+# %% ../../nbs/train/10_launch.ipynb #b3b4aa9c
 @dataclass
 class LaunchRecipe(SFTRecipe):
     "Fine-tune on several processes, as `omnilab sft` does on one."
@@ -82,7 +83,7 @@ def passed(
     told = [e for e in read_args(LaunchRecipe, argv) if e.where == 'command line' and (e.name in mine or tables(mine, e.name))]
     return [w for w in argv[:1] if not w.startswith('--')] + [f'--{e.name}={e.value}' for e in told]
 
-# %% ../../nbs/train/10_launch.ipynb #5c32ec88
+# %% ../../nbs/train/10_launch.ipynb #9302abb6
 def launcher(line:list[str]): # Accelerate's
     from accelerate.commands.launch import launch_command, launch_command_parser
     launch_command(launch_command_parser().parse_args(line))

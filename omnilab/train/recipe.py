@@ -42,6 +42,7 @@ class ModelArgs:
     name:str = opt(settings.model.default, 'shipped checkpoint, local folder, or hub id')
     dtype:Literal['auto', 'float32', 'bfloat16', 'float16'] = opt(settings.model.dtype, 'type of the weights; auto: as they were saved')
     attention:Literal['forest', 'sdpa', 'eager'] = opt(settings.model.attention, 'backend; packs of trees need forest')
+    new_tokens:list[str] = opt([], 'words to add to the vocabulary, such as <box>; their rows are trained beside a LoRA, or alone (kind tokens)')
     quantize:Literal['none', 'nf4', 'int8'] = opt('none', 'hold the linear layers in 4 or 8 bits; only adapters can be trained then')
 
 @dataclass
@@ -80,8 +81,9 @@ class MediaArgs:
 class AdapterArgs:
     "Small matrices beside the frozen weights."
     kind:Literal['none', 'lora', 'rslora', 'dora', 'lora+', 'pissa', 'olora', 'eva', 'loftq', 'adalora', 'vera', 'boft', 'oft', 'fourierft', 'ia3',
-                 'loha', 'lokr', 'miss', 'pro', 'lisa', 'reft', 'prompt', 'prefix'] = opt(
-        'lora', 'none: the weights themselves; pro: new layers; lisa: a few layers at a time; reft: hidden states; prompt and prefix: refused, with the reason')
+                 'loha', 'lokr', 'miss', 'tokens', 'pro', 'lisa', 'reft', 'prompt', 'p-tuning', 'prefix'] = opt(
+        'lora', 'none: the weights themselves; pro: new layers; lisa: a few layers at a time; reft: hidden states; tokens: rows of model.new_tokens; '
+                'prompt, p-tuning and prefix: stand before a row, with data.packing and data.merge: false')
     r:Count|None = opt(None, 'rank, where the kind has one; null: 16, for vera 256')
     alpha:Size|None = opt(None, 'scale, divided by the rank; null: twice the rank')
     dropout:Share = opt(0., "on the adapter's input")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['load_adapters', 'use', 'blend', 'unmerge']
 
-# %% ../../nbs/tune/04_several.ipynb #f94cd4f6
+# %% ../../nbs/tune/04_several.ipynb #951d3f83
 from copy import deepcopy
 from pathlib import Path
 import torch
@@ -15,17 +15,19 @@ from torch import nn
 from .adapters import ADAPTER_FILES, check_weights, load_adapter
 from .targets import AdapterError, share
 
-# %% ../../nbs/tune/04_several.ipynb #b5207c38
+# %% ../../nbs/tune/04_several.ipynb #b90b8137
 def load_adapters(
     model:nn.Module, # the plain model that they were trained on; stays as it is
     paths:dict[str, str|Path], # a name for each -> its folder
 )->PeftModel: # shares its frozen weights with `model`; the first is active
     "A model with several adapters."
-    (first, path), *rest = paths.items()
-    m = load_adapter(model, path, name=first)
-    for name, path in rest:
+    from omnilab.tune.tokens import widened
+    for path in paths.values():
         for file in ADAPTER_FILES:
             if not (Path(path)/file).is_file(): raise AdapterError(f'{path}: expected a folder with {" and ".join(ADAPTER_FILES)}; it has no {file}')
+    (first, path), *rest = paths.items()
+    m = load_adapter(widened(model, *paths.values()), path, name=first)
+    for name, path in rest:
         try:
             with torch.random.fork_rng(): m.load_adapter(str(path), name)
         except (RuntimeError, ValueError) as e: raise AdapterError(f'{path}: does not go with {first} ({" ".join(str(e).split())[:200]})') from None
@@ -42,7 +44,7 @@ def use(
     m.set_adapter(name, inference_mode=True)
     return m.eval()
 
-# %% ../../nbs/tune/04_several.ipynb #48be1ee9
+# %% ../../nbs/tune/04_several.ipynb #83644462
 def blend(
     model:PeftModel, # from `load_adapters`, kinds of LoRA; stays as it is
     weights:dict[str, float], # name -> share
@@ -60,7 +62,7 @@ def blend(
     except (AttributeError, TypeError, ValueError) as e: raise AdapterError(f'blend {how!r}: {e}') from None
     return use(m, 'blend')
 
-# %% ../../nbs/tune/04_several.ipynb #2925c83f
+# %% ../../nbs/tune/04_several.ipynb #e33c80ba
 def unmerge(
     model:nn.Module, # plain, with an adapter merged into it; stays as it is
     path:str|Path, # the adapter's folder
@@ -68,6 +70,8 @@ def unmerge(
     "The model as it was before an adapter was merged into it, up to rounding."
     m = load_adapter(deepcopy(model), path)
     config = m.peft_config['default']
+    if getattr(config, 'token_indices', None) or getattr(config, 'trainable_token_indices', None):
+        raise AdapterError(f'{path}: holds rows of new tokens, and what was there before them is not kept; expected the base')
     if config.modules_to_save: raise AdapterError(f'{path}: {", ".join(config.modules_to_save)} were trained whole; what they were before is not kept')
     if getattr(config, 'use_dora', False): raise AdapterError(f'{path}: DoRA divides by the lengths of rows, gone with the merge; expected the base')
     for layer in m.modules():
