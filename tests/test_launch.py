@@ -1,5 +1,5 @@
 "The configurations for real, through the command's own path: several processes on CPUs, and weights divided by FSDP2, end as one process does."
-import os, subprocess, sys
+import json, os, subprocess, sys
 from pathlib import Path
 
 import pytest
@@ -35,7 +35,7 @@ def recipe(folder, name, kind, **train):
     r.model.dtype, r.data.train, r.data.cache = 'float32', str(folder/'rows'/'train.jsonl'), False
     for k, v in (dict(device='cpu', max_length=192, packs=3, steps=4, lr=.01, tracker='none', save_every=2, ema=.5) | train).items(): setattr(r.train, k, v)
     r.adapter.kind = 'none' if kind in SMALL else kind
-    if kind in SMALL: r.train.optimizer, r.galore.rank, r.galore.every = kind, 4, 2
+    if kind in SMALL: r.train.optimizer, r.train.lr, r.galore.rank, r.galore.every = kind, 1e-3, 4, 2
     return r
 
 
@@ -104,11 +104,23 @@ def test_as_one_process(folder, machine, kind):
     for n in a: torch.testing.assert_close(b[n], a[n], atol=1e-3, rtol=1e-3, msg=n)
 
 
+@pytest.fixture(scope='module')
+def unlearned(tmp_path_factory):
+    "Rows that the model answers wrongly, learned by one process. Of what it knows the gradient is nearly nothing, and its directions are rounding."
+    from omnilab.data.world.write import write
+    tmp = tmp_path_factory.mktemp('unlearned')
+    rows = [json.loads(l) for l in write(tmp/'rows', 10, tasks=['color', 'tones', 'motion']).read_text().splitlines()]
+    for m in (m for r in rows for m in r['messages'] if m['role'] == 'assistant'): m['content'] = m['content'][::-1]
+    (tmp/'rows'/'train.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in rows))
+    processes(tmp, 'cpu', *SMALL)
+    return tmp
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('machine', ['cpus', 'fsdp2'])
-def test_small_moments_as_one_process(folder, machine):
+def test_small_moments_as_one_process(unlearned, machine):
     "Steps by what they do, the loss: of directions as strong as each other, or weaker than rounding, any are right, and last bits choose."
-    if not (folder/'cpu-galore').exists(): processes(folder, 'cpu', *SMALL)
+    folder = unlearned
     processes(folder, machine, *SMALL)
     for kind in SMALL:
         same_steps(folder, f'cpu-{kind}', f'{machine}-{kind}', .05 if kind == 'qgalore' else 2e-4)      # which rounds its directions to 16 levels
