@@ -32,6 +32,7 @@ COMMANDS = {
     'memory': Command('foresee the memory of a run: what holds it, and what fits a card', 'omnilab.memory.planner:main'),
     'prepare': Command('look at a data set: rows, lengths, what is shared, what is wrong', 'omnilab.train.prepare:main', ('data',)),
     'cache': Command('look at the cache of encoded rows, remove some of it, verify all of it', 'omnilab.cli:main_cache', ('action',)),
+    'merge': Command('add adapters to the weights of their model, or take one out again', 'omnilab.train.merge:main', ('name',)),
     'check': Command('ask a model whether it can be trained as it is', 'omnilab.train.evaluate:main_check', ('name',)),
 }
 

@@ -144,7 +144,8 @@ def test_reft(base, tmp_path, capfd):
     "Kept beside the model, never in it; found again by the verbs that take an adapter."
     from omnilab.train.evaluate import open_model
     from omnilab.train.recipe import ModelArgs
-    words = ['--model.name', base/'model', '--data.train', base/'rows.jsonl', '--adapter.kind', 'reft', *CPU, '--train.steps', 2, '--output', tmp_path]
+    words = ['--model.name', base/'model', '--data.train', base/'rows.jsonl', '--adapter.kind', 'reft', *CPU, '--train.steps', 2, '--output', tmp_path,
+             '--adapter.options', '{first: 2, last: 2}']
     run = main([str(w) for w in [*words, '--train.max_length', 64, '--train.lr', '1e-2']], 'omnilab sft')
     assert 'reft changes no weight, and cannot be merged' in capfd.readouterr().err and not (tmp_path/'model').exists()
     again = open_model(ModelArgs(str(tmp_path/'adapter'), 'float32', 'forest'), device='cpu').model

@@ -4,7 +4,7 @@ import json, re, shutil
 import pytest, yaml
 from conftest import ROOT, run
 
-COMMANDS = 'sft', 'launch', 'eval', 'infer', 'world', 'data', 'prepare', 'memory', 'compare', 'cache', 'check'
+COMMANDS = 'sft', 'launch', 'eval', 'infer', 'world', 'data', 'prepare', 'memory', 'compare', 'cache', 'merge', 'check'
 
 
 def omnilab(*argv, **kw): return run(['-m', 'omnilab.cli', *argv], **kw)[0]
@@ -24,9 +24,10 @@ def recipe_of(command):
     "The dataclass behind a command."
     from omnilab.cli import cache_recipe, compare_recipe, data_recipe, world_recipe
     from omnilab.memory.planner import MemoryRecipe
-    from omnilab.train import evaluate, launch, prepare, recipe
+    from omnilab.train import evaluate, launch, merge, prepare, recipe
     return dict(sft=recipe.SFTRecipe, launch=launch.LaunchRecipe, eval=evaluate.EvalRecipe, infer=evaluate.InferRecipe,
-                check=evaluate.CheckRecipe, prepare=prepare.PrepareRecipe, world=world_recipe(), data=data_recipe(), cache=cache_recipe(), memory=MemoryRecipe,
+                check=evaluate.CheckRecipe, merge=merge.MergeRecipe,
+                prepare=prepare.PrepareRecipe, world=world_recipe(), data=data_recipe(), cache=cache_recipe(), memory=MemoryRecipe,
                 compare=compare_recipe())[command]
 
 
@@ -99,6 +100,7 @@ def test_words_without_names(command, words, wanted):
     (['eval', 'a', 'b', 'c'], "omnilab eval: 'c': expected NAME DATA"),
     (['infer', 'omni-tiny'], 'omnilab infer: nothing is asked; expected --text, --image, --audio or --video'),
     (['infer', 'omni-tiny', '--image', 'nowhere.png'], 'omnilab infer: nowhere.png'),
+    (['merge', 'omni-tiny'], 'omnilab merge: omni-tiny: no adapter; expected --adapter FOLDER'),
     (['prepare'], 'omnilab prepare: no rows to look at; expected FILE, or --data FILE'),
     (['sft', '--data.train', 'gsm9k'], "omnilab sft: data.train = 'gsm9k': no such file, and no card of that name; did you mean gsm8k?"),
     (['prepare', 'no.jsonl'], 'omnilab prepare: no.jsonl: no such file, and no card of that name; expected a file or folder of rows, hf:NAME or a card'),

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['OWN', 'APART', 'OF_LORA', 'check_rows', 'own_options', 'check_adapter', 'check_low', 'check_data', 'check',
-           'load_model', 'part_of', 'trainable', 'rates', 'towers_of', 'towered', 'choose', 'answers', 'company',
-           'made_by', 'prepare_run', 'moved_by', 'default_callbacks', 'sft_metrics', 'identity', 'whole_model',
-           'save_model', 'Result', 'prove', 'run', 'finish', 'begin', 'render', 'peak_memory', 'dry_run', 'main']
+           'load_model', 'part_of', 'trainable', 'rates', 'towers_of', 'towered', 'readied', 'choose', 'answers',
+           'company', 'made_by', 'prepare_run', 'moved_by', 'default_callbacks', 'sft_metrics', 'identity',
+           'whole_model', 'save_model', 'Result', 'prove', 'run', 'finish', 'begin', 'render', 'peak_memory', 'dry_run',
+           'main']
 
 # %% ../../nbs/train/14_sft.ipynb #8e2c0b9c
 import dataclasses, re, resource, shutil, sys
@@ -37,7 +38,7 @@ def check_rows(
         raise RecipeError(f'{option} = {path!r}: its rows hold no answer to learn ({", ".join(c.tasks)}); expected a card whose rows do')
 
 # %% ../../nbs/train/14_sft.ipynb #4f4768d7
-OWN = {'none': {}, 'pro': dict(blocks=4), 'lisa': dict(layers=2, every=20), 'reft': dict(first=4), 'prompt': dict(tokens=8),
+OWN = {'none': {}, 'pro': dict(blocks=4), 'lisa': dict(layers=2, every=20), 'reft': dict(first=4, last=0), 'prompt': dict(tokens=8),
        'p-tuning': dict(tokens=8, hidden=128), 'prefix': dict(tokens=8)}             # kinds with functions of their own, and their options
 APART = 'reft', 'prompt', 'p-tuning', 'prefix'      # never merged into a model
 
@@ -51,7 +52,8 @@ def own_options(
     known = OWN[a.kind]
     for name, v in a.options.items():
         if name not in known: raise RecipeError(f'adapter.options.{name}: no such option of {a.kind}; it has {", ".join(known) or "none"}')
-        if type(v) is not int or v < 1: raise RecipeError(f'adapter.options.{name} = {v!r}: expected a whole number, 1 or more')
+        if type(v) is not int or v < (least := min(1, known[name])):
+            raise RecipeError(f'adapter.options.{name} = {v!r}: expected a whole number, {least} or more')
     return known | a.options
 
 # %% ../../nbs/train/14_sft.ipynb #45b56cfa
@@ -65,6 +67,8 @@ def check_adapter(
     if kind in OWN: own_options(recipe)
     if kind in APART[1:] and (recipe.data.packing or recipe.data.merge or recipe.data.streaming):
         raise RecipeError(f'adapter.kind = {kind!r}: stands before one row, and a pack has many; expected data.packing: false and data.merge: false, no stream')
+    if kind == 'reft' and own_options(recipe)['last'] and recipe.data.streaming:
+        raise RecipeError('adapter.options.last with data.streaming: rows of a stream are not marked; expected one of them')
     if kind == 'prefix' and recipe.train.checkpointing:
         raise RecipeError("train.checkpointing with adapter.kind = 'prefix': layers that are computed again forget it")
     if held != 'none' and kind in OWN and kind not in APART:
@@ -208,6 +212,17 @@ def towered(
     asked = dataclasses.replace(recipe, adapter=dataclasses.replace(recipe.adapter, kind='lora', options={})) if recipe.adapter.kind == 'eva' else recipe
     try: return through(rows, towers_of(trainable(loaded.model, asked), loaded, recipe), settings.paths.cache if recipe.data.cache else None, recipe.data.full)
     except TowerError as e: raise RecipeError(f'data.towers: {e}') from None
+
+# %% ../../nbs/train/14_sft.ipynb #4cb6fd12
+def readied(
+    rows:Iterable, # forest.tree.Row
+    loaded, # model and processor
+    recipe:SFTRecipe, # its adapter and what will be frozen
+)->list: # the rows
+    "Rows as the model to train will read them."
+    from omnilab.tune.reft import mark
+    rows, last = towered(rows, loaded, recipe), recipe.adapter.kind == 'reft' and own_options(recipe)['last']
+    return mark(rows, last) if last else rows
 
 # %% ../../nbs/train/14_sft.ipynb #c4c94c28
 def choose(
@@ -434,6 +449,8 @@ def run(
     check(recipe, rows=packs is None)
     if packs is not None and (recipe.data.system or recipe.data.towers or any(asdict(recipe.media).values())):
         raise RecipeError('media, data.system or data.towers: the rows are packed already; expected them where they are read and loaded')
+    if packs is not None and recipe.adapter.kind == 'reft' and own_options(recipe)['last']:
+        raise RecipeError('adapter.options.last: the rows are packed already, without marks; expected data.train')
     from omnilab.data.cards import read_rows
     from omnilab.train.loop import train
     rows = read_files(recipe) if packs is None and not recipe.data.streaming else {}
@@ -441,9 +458,9 @@ def run(
     if recipe.train.patience and not test: raise RecipeError('train.patience: nothing is evaluated; expected rows in data.test')
     test = with_system(test, recipe.data.system)
     loaded = loaded or load_model(recipe)
-    if rows: packs = plan_packs(rows, loaded, recipe, towered)
+    if rows: packs = plan_packs(rows, loaded, recipe, readied)
     if recipe.check: prove(loaded, packs)
-    test_packs = read_packs(test, loaded, recipe, towered) if test else []
+    test_packs = read_packs(test, loaded, recipe, readied) if test else []
     job, folder = prepare_run(recipe, loaded, packs), Path(recipe.output)
     begin(job, recipe, packs, loaded)
     train(job, default_callbacks(recipe, loaded, packs, test, test_packs, callbacks))
@@ -533,7 +550,7 @@ def dry_run(
     from omnilab.train.loop import train
     samples = {} if recipe.data.streaming else read_files(recipe)
     loaded = load_model(recipe)
-    packs = plan_packs(samples, loaded, recipe, towered) if samples else None
+    packs = plan_packs(samples, loaded, recipe, readied) if samples else None
     told = f'{len(prove(loaded, packs).findings)} questions to its twin, all is well' if recipe.check else f'not asked; omnilab check {loaded.name}, or --check'
     job, log = prepare_run(recipe, loaded, packs), []
     shown = packs.handles if samples else [t.handle for t in feed(recipe, loaded, None, job.accelerator).take(recipe.train.packs)]
