@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Answer', 'draw_answer', 'conversation', 'Model', 'load', 'Rows', 'read', 'Packs', 'pack', 'link', 'Run',
            'launch_line', 'attach', 'cells', 'dashboard', 'entries', 'keep_rows', 'run_name', 'plan', 'sft', 'live',
-           'LiveCurves', 'evaluate', 'compare']
+           'LiveCurves', 'memory', 'evaluate', 'compare']
 
 # %% ../nbs/30_lab.ipynb #e7ebede7
 import hashlib, json, os, shlex
@@ -376,6 +376,22 @@ class LiveCurves:
         page = HTML(svg(draw_curves, self.rows)) if self.rows else HTML('')
         if self.handle: self.handle.update(page)
         else: self.handle = display(page, display_id=True)
+
+# %% ../nbs/30_lab.ipynb #3e30a002
+def memory(
+    m:Model, # to start from; stays as it is
+    p:Packs, # to learn from
+    adapter:str|None='lora', # as for `sft`
+    measure:bool=False, # make two steps, too
+    card:str='', # of which size: '24GB'; the longest pack that fits is looked for
+    ranks:int=1, # processes
+    compare:bool=False, # what other choices would hold
+    **given, # further options of the recipe
+): # memory.planner.Foreseen
+    "Foresee the memory of a run."
+    from omnilab.memory.planner import MemoryRecipe, plan as foresee
+    asked = MemoryRecipe(**vars(plan(m, p, adapter, '', given)), card=card, ranks=ranks, compare=compare, measure=measure)
+    return foresee(asked, m.loaded, p.packs)
 
 # %% ../nbs/30_lab.ipynb #ed7b0492
 def evaluate(

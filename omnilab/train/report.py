@@ -6,7 +6,7 @@
 __all__ = ['KEY', 'INK', 'PANELS', 'BYTES', 'SAVE', 'MIME', 'SECTIONS', 'STYLE', 'svg', 'series', 'smooth', 'label',
            'draw_curves', 'draw_packs', 'save_part', 'save_answers', 'read_json', 'both_answers', 'part_html',
            'answer_html', 'table_html', 'Section', 'summary', 'scores', 'curves', 'samples', 'packs_held', 'cells',
-           'changed', 'recipe', 'page', 'report']
+           'changed', 'recipe', 'memory_held', 'page', 'report']
 
 # %% ../../nbs/train/11_report.ipynb #7e81cfd2
 import base64, json, sys
@@ -243,7 +243,19 @@ def recipe(run_dir:Path)->Section|None: # how to make it again
     path = run_dir/'recipe.yaml'
     return Section('Recipe', f'<pre>{escape(path.read_text())}</pre>') if path.exists() else None
 
-SECTIONS = (summary, scores, curves, samples, packs_held, changed, recipe)
+# %% ../../nbs/train/11_report.ipynb #3e30b002
+def memory_held(run_dir:Path)->Section|None: # foreseen and measured
+    found, metrics = read_json(run_dir/'memory.json'), read_metrics(run_dir/'metrics.jsonl')
+    if not found: return None
+    told = {k: found[k] for k in ('foreseen', 'measured') if found.get(k)}
+    if most := max((r['time'].get('cuda', 0) for r in metrics if 'time' in r), default=0): told['the run'] = {'peak': most}
+    kinds = list(dict.fromkeys(k for t in told.values() for k in t if any(x.get(k) for x in told.values())))
+    mib = lambda b: '' if b is None else f'{b / 2**20:,.1f}'
+    rows = ''.join(f'<tr><td>{k}</td>{"".join(f"<td>{mib(told[n].get(k))}</td>" for n in told)}</tr>' for k in kinds)
+    head = ''.join(f'<th>{n}</th>' for n in ('MiB', *told))
+    return Section('Memory at its worst', f'<p>{escape(found["told"])}</p><table><tr>{head}</tr>{rows}</table>')
+
+SECTIONS = (summary, scores, curves, memory_held, samples, packs_held, changed, recipe)
 
 # %% ../../nbs/train/11_report.ipynb #4cbc53c7
 STYLE = """

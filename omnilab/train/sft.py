@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OWN', 'APART', 'OF_LORA', 'check_rows', 'own_options', 'check_adapter', 'check_low', 'check_data', 'check',
            'load_model', 'part_of', 'trainable', 'rates', 'towers_of', 'towered', 'readied', 'choose', 'answers',
-           'company', 'made_by', 'prepare_run', 'moved_by', 'default_callbacks', 'sft_metrics', 'identity',
+           'company', 'made_by', 'assemble', 'prepare_run', 'moved_by', 'default_callbacks', 'sft_metrics', 'identity',
            'whole_model', 'save_model', 'Result', 'prove', 'run', 'finish', 'begin', 'render', 'peak_memory', 'dry_run',
            'main']
 
@@ -285,6 +285,29 @@ def made_by(
         raise RecipeError(f'the packs hold what towers made, but {why}')
     return [towers]
 
+# %% ../../nbs/train/14_sft.ipynb #3c35c6a8
+def assemble(
+    model, # as it will be trained
+    recipe:SFTRecipe, # its `train` and `galore`
+    acc, # Accelerate's Accelerator
+    processor, # the model's; tells kinds of tokens
+    logits:int=2**25, # that the head may make at once
+    **rest, # data, schedule, steps, and what else `train.loop.prepare` takes
+): # train.loop.Run, ready for `train`
+    "Optimisers and objective around a model."
+    from omnilab.objectives.score import Scorer
+    from omnilab.objectives.sft import sft_objective, size
+    from omnilab.train.loop import prepare
+    from omnilab.train.optim import optimizers
+    from omnilab.tune.backward import InBackward
+    t, g = recipe.train, recipe.galore
+    low = {k: v for k, v in asdict(g).items() if v is not None and v is not False and k != 'per_layer'}
+    if g.int8: model, low = model if model.device == acc.device else model.to(acc.device), low | {'seed': t.seed}
+    opts = optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, rates(recipe) | t.lr_scale, part_of(model), low)
+    job = prepare(Scorer(model, logits), opts, acc, objective=sft_objective(processor, t.z_loss), size=size, clip=t.clip, **rest)
+    if g.per_layer: job.inside = InBackward([o.optimizer for o in job.optimizers], t.clip, model)
+    return job
+
 # %% ../../nbs/train/14_sft.ipynb #1e0bb8e9
 def prepare_run(
     recipe:SFTRecipe, # what to do
@@ -293,28 +316,20 @@ def prepare_run(
 ): # train.loop.Run, ready for `train`
     "Model, optimisers, schedule and data as the loop wants them."
     from accelerate.utils import set_seed
-    from omnilab.objectives.score import Scorer
-    from omnilab.objectives.sft import sft_objective, size
     from omnilab.train.launch import refuse
-    from omnilab.train.loop import accelerator, prepare
-    from omnilab.train.optim import optimizers, schedule
+    from omnilab.train.loop import accelerator
+    from omnilab.train.optim import schedule
     from omnilab.train.spare import lighten
-    from omnilab.tune.backward import InBackward
     t, acc = recipe.train, accelerator(recipe.train.precision, recipe.train.device)
     refuse(acc.distributed_type, recipe)
     set_seed(t.seed)
     model = lighten(trainable(loaded.model, recipe, packs), t, acc.device, acc.print)
-    data = feed(recipe, loaded, packs, acc); steps = t.steps or data.steps(t.packs, t.epochs)
-    low = {k: v for k, v in asdict(recipe.galore).items() if v is not None and v is not False and k != 'per_layer'}
-    if recipe.galore.int8: model, low = model.to(acc.device), low | {'seed': t.seed}
-    opts = optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, rates(recipe) | t.lr_scale, part_of(model), low)
+    data = feed(recipe, loaded, packs, acc)
+    steps = t.steps or data.steps(t.packs, t.epochs)
     whole, probes = company(loaded, packs, *made_by(packs, model, loaded, recipe))
     set_seed(t.seed, device_specific=True)
-    job = prepare(Scorer(model), opts, acc, probes, complete=whole, data=data, objective=sft_objective(loaded.processor, t.z_loss), size=size,
-                  schedule=schedule(t.schedule, steps, round(t.warmup * steps), t.decay), steps=steps, packs=t.packs, clip=t.clip,
-                  turns=recipe.adapter.kind == 'lisa')
-    if recipe.galore.per_layer: job.inside = InBackward([o.optimizer for o in job.optimizers], t.clip, model)
-    return job
+    return assemble(model, recipe, acc, loaded.processor, probes=probes, complete=whole, data=data, steps=steps, packs=t.packs,
+                    schedule=schedule(t.schedule, steps, round(t.warmup * steps), t.decay), turns=recipe.adapter.kind == 'lisa')
 
 # %% ../../nbs/train/14_sft.ipynb #c72f2264
 def moved_by(

@@ -48,7 +48,8 @@ class Product8(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        (x, *packed), g = ctx.saved_tensors, g.to(ctx.saved_tensors[0].dtype)
+        x, *packed = ctx.saved_tensors                      # asked for once: layers that are computed again give them once
+        g = g.to(x.dtype)
         W = unpack(*packed, ctx.shape, 8).to(g.dtype)
         return g @ W, (g.flatten(0, -2).T @ x.flatten(0, -2)).float(), None, None, None
 
