@@ -71,8 +71,8 @@ def main(
     name:str='omnilab merge', # how it is called
 )->Path: # the new folder
     "Merge as the command line says; what is wrong is one line and status 2."
-    from omnilab.train.checkpoint import write_folder
     recipe = command(MergeRecipe, argv, name)
+    from omnilab.train.checkpoint import write_folder
     try:
         m = merged(recipe)
         done = write_folder(Path(recipe.output), lambda d: (m.model.save_pretrained(d), m.processor.save_pretrained(d)))
