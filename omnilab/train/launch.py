@@ -78,8 +78,12 @@ def there(
     made:dict, # from `config`
 ):
     "One line for what a configuration needs and this machine has not."
-    if made['distributed_type'] == 'DEEPSPEED' and not find_spec('deepspeed'):
+    from torch.accelerator import device_count
+    kind, n, cards = made['distributed_type'], made['num_processes'], device_count()
+    if kind == 'DEEPSPEED' and not find_spec('deepspeed'):
         raise RecipeError("DEEPSPEED: its package is not installed; expected pip install 'omnilab[deepspeed]', or fsdp2")
+    if made['use_cpu'] or cards >= n: return
+    raise RecipeError(f'processes: {n}, GPUs here: {cards}; expected ' + (f'--processes {cards}, or fewer' if cards else 'cpu, or cpus'))
 
 # %% ../../nbs/train/10_launch.ipynb #b3b4aa9c
 @dataclass
