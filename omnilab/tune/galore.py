@@ -44,7 +44,8 @@ def subspace(
     Q = torch.randn(len(G), k, generator=g, device=G.device)
     if start is not None: Q[:, :r] = start
     for _ in range(passes): Q = torch.linalg.qr(gram @ Q)[0]
-    return (Q @ torch.linalg.eigh(Q.T @ gram @ Q)[1].flip(1))[:, :r].contiguous()
+    P = (Q @ torch.linalg.eigh(Q.T @ gram @ Q)[1].flip(1))[:, :r]
+    return P.contiguous() if start is None else P * torch.where((P * start).sum(0) < 0, -1., 1.)
 
 # %% ../../nbs/tune/08_galore.ipynb #f65a7ac6
 def adam(
