@@ -6,6 +6,8 @@ import pytest
 import torch
 from test_launch import ENV, divided
 
+pytestmark = pytest.mark.slow
+
 
 def model():
     from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -69,7 +71,7 @@ def test_each_of_two(measured_by_two, shared, kind):
     alone = trace(model(), packs()[:1], r)
     foreseen, real = sum(shares(alone, hollow(model()), 2, shared).values()), measured_by_two[f'{shared}-{kind}']
     assert abs(foreseen / real - 1) < .05, (foreseen, real)
-    assert shared == 'ddp' or real < .9 * alone.peak
+    assert shared == 'ddp' or real < .95 * alone.peak
 
 
 if __name__ == '__main__': worker(sys.argv[1])
