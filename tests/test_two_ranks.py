@@ -25,6 +25,12 @@ class Tiny(nn.Module):
         return SimpleNamespace(logits=self.lm_head(self.drop(self.inner(x).relu())))
 
 
+class Deep(Tiny):
+    "With a list of layers."
+    def __init__(self, **kw): super().__init__(**kw); self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(4)); self.inner = nn.Sequential(*self.layers)
+    def get_decoder(self): return self
+
+
 @dataclass
 class Toy:
     input_ids: Tensor
@@ -54,17 +60,28 @@ class Keep:
         run.stop = run.step == self.stop
 
 
-def build(seed, dropout=0.):
+class Turns:
+    "Which layers had a gradient, at the end of each step."
+    def __init__(self, lisa): self.lisa = lisa
+    def on_start(self, run): run.awake = []; self.lisa.on_start(run)
+    def on_step(self, run):
+        run.awake.append([i for i, m in enumerate(run.model.layers) if m.weight.requires_grad])
+        self.lisa.on_step(run)
+    def on_close(self, run): self.lisa.on_close(run)
+
+
+def build(seed, dropout=0., kind=Tiny):
     from omnilab.forest.loader import Loader
     from omnilab.objectives.score import Scorer
     from omnilab.objectives.sft import sft_objective, size
     from omnilab.train.loop import accelerator, prepare
     from omnilab.train.optim import optimizers, schedule
     torch.manual_seed(seed)
-    model, acc = Tiny(dropout=dropout), accelerator(device='cpu')
+    model, acc = kind(dropout=dropout), accelerator(device='cpu')
+    packs = [toy(n) for n in range(4, 9)] if kind is Tiny else [toy(n) for n in range(6, 21, 3)]       # with an image in some, or in all
     torch.manual_seed(seed + acc.process_index)         # every process its own dropout; the head runs on 3 rows at a time
-    return prepare(Scorer(model, logits=100), optimizers(model, lr=.01, weight_decay=.1), acc, [toy(4), toy(6)],
-                   data=Loader([toy(n) for n in range(4, 9)], seed=1), objective=sft_objective(Kinds()), size=size,
+    return prepare(Scorer(model, logits=100), optimizers(model, lr=.01, weight_decay=.1), acc, packs[:3:2], turns=kind is Deep,
+                   data=Loader(packs, seed=1), objective=sft_objective(Kinds()), size=size,
                    schedule=schedule('cosine', STEPS, 1), steps=STEPS, packs=3)
 
 
@@ -88,11 +105,14 @@ def sharded():
 def worker(out):
     from omnilab.train.checkpoint import Checkpoint, resume
     from omnilab.train.loop import train
+    from omnilab.tune.lisa import Lisa
     result, out = {}, Path(out)
     run = train(build(0), [keep := Keep()])
     result |= {'world': run.accelerator.num_processes, 'rows': keep.rows, 'weights': run.model.state_dict()}
     result['frozen'] = [n for n, p in run.model.named_parameters() if not p.requires_grad]
     result |= {'looks': run.accelerator.ddp_handler.find_unused_parameters}
+    lisa = train(build(0, kind=Deep), [keep := Keep(), Turns(Lisa(1, 2))])
+    result['lisa'] = {'rows': keep.rows, 'weights': lisa.model.state_dict(), 'awake': lisa.awake}
     straight = train(build(0, .3), [a := Keep()])
     train(build(0, .3), [b := Keep(stop=3), Checkpoint(out.with_suffix('.run'), {})])
     resume(again := build(9, .3), out.with_suffix('.run'), {})
@@ -129,6 +149,13 @@ def test_same_losses(results):
 
 def test_same_weights(results):
     one, two = results
+    for name, w in one['weights'].items(): torch.testing.assert_close(two['weights'][name], w, atol=1e-6, rtol=1e-5)
+
+
+def test_layers_in_turns(results):
+    one, two = (r['lisa'] for r in results)
+    assert one['awake'] == two['awake'] and all(len(x) == 1 for x in one['awake']) and len({*map(tuple, one['awake'])}) > 1
+    assert all(abs(a[k] - b[k]) < 1e-5 for a, b in zip(one['rows'], two['rows']) for k in a) and len(two['rows']) == STEPS
     for name, w in one['weights'].items(): torch.testing.assert_close(two['weights'][name], w, atol=1e-6, rtol=1e-5)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, gather_object
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -59,7 +59,11 @@ def gathered(
     tree:Any, # nested tensors; every process must ask
 )->Any: # the same, whole, where weights are divided among processes
     "Put divided tensors together."
-    return tree_map_only(DTensor, lambda x: x.detach().full_tensor().cpu(), tree)
+    from omnilab.train.zero import divided_by_zero, whole
+    def one(x):
+        if divided_by_zero(x): return whole(x).cpu()
+        return x.detach().full_tensor().cpu() if isinstance(x, DTensor) else x
+    return tree_map_only(Tensor, one, tree)
 
 def divided(
     x:Tensor, # whole
@@ -92,10 +96,11 @@ def load_weights(
     where:str='checkpoint', # for the message
 ):
     "Copy tensors into the model; the names must be exactly those that move."
+    from omnilab.train.zero import divided_by_zero, fill
     mine = moving(model)
     if odd := sorted(mine.keys() ^ tensors.keys()): raise ValueError(f'{where}: its weights are not those that this run trains (first difference: {odd[0]})')
     with torch.no_grad():
-        for n, t in tensors.items(): mine[n].copy_(divided(t, mine[n]))
+        for n, t in tensors.items(): fill(mine[n], t) if divided_by_zero(mine[n]) else mine[n].copy_(divided(t, mine[n]))
 
 # %% ../../nbs/train/05_checkpoint.ipynb #ce83993e
 def fsync(
@@ -188,7 +193,6 @@ def snapshot(
     run:Run, # between two steps
 )->dict: # plain numbers and tensors
     "All that a run is, but its weights."
-    if run.accelerator.distributed_type == DistributedType.DEEPSPEED: raise NotImplementedError('checkpoints of DeepSpeed are not written yet')
     scaler = run.accelerator.scaler
     state = {'step': run.step, 'optimizers': [gathered(o.state_dict()) for o in run.optimizers], 'scaler': scaler.state_dict() if scaler else None}
     return state | {'data': run.data.state_dict(), 'kept': gathered(run.kept), 'rng': gather_object([rng_state()])}

@@ -53,21 +53,23 @@ def accelerator(
     device:str='auto', # auto: an accelerator if there is one; cpu: never
 )->Accelerator: # knows the process, the device and the precision
     "Accelerate, set up for this loop."
+    from omnilab.train.zero import kind
     kw = [DistributedDataParallelKwargs()]
-    return Accelerator(mixed_precision=precision, cpu=device == 'cpu', kwargs_handlers=kw, step_scheduler_with_optimizer=False)
+    return kind(device)(mixed_precision=precision, cpu=device == 'cpu', kwargs_handlers=kw, step_scheduler_with_optimizer=False)
 
 # %% ../../nbs/train/04_loop.ipynb #50b450cf
 def prepare(
     scorer:nn.Module, # a Scorer
     optimizers:Iterable[Optimizer], # its optimisers
     accelerator:Accelerator, # wraps them
-    probes:Iterable=(), # packs, one of each kind, to look for unreached parameters with, where every process has a whole copy
+    probes:Iterable=(), # packs, one of each kind, to look for unreached parameters with, where every process begins with a whole copy
+    turns:bool=False, # parameters learn in turns: some get no gradient in some steps
     **rest, # the other fields of Run
 )->Run: # ready for `train`
     "Wrap scorer and optimisers and put a run together."
-    if accelerator.distributed_type.startswith('MULTI_'):
+    if accelerator.distributed_type.startswith(('MULTI_', 'DEEPSPEED')):
         probes = (p.to(accelerator.device) for p in probes)
-        accelerator.ddp_handler.find_unused_parameters = settle(scorer.to(accelerator.device), probes, accelerator.print)
+        accelerator.ddp_handler.find_unused_parameters = settle(scorer.to(accelerator.device), probes, accelerator.print) or turns
     scorer, *optimizers = accelerator.prepare(scorer, *optimizers)
     return Run(scorer=scorer, optimizers=optimizers, accelerator=accelerator, **rest)
 

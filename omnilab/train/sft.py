@@ -289,15 +289,15 @@ def prepare_run(
     refuse(acc.distributed_type, recipe)
     set_seed(t.seed)
     model = lighten(trainable(loaded.model, recipe, packs), t, acc.device, acc.print)
-    data = feed(recipe, loaded, packs, acc)
-    steps = t.steps or data.steps(t.packs, t.epochs)
+    data = feed(recipe, loaded, packs, acc); steps = t.steps or data.steps(t.packs, t.epochs)
     low = {k: v for k, v in asdict(recipe.galore).items() if v is not None and v is not False and k != 'per_layer'}
     if recipe.galore.int8: model, low = model.to(acc.device), low | {'seed': t.seed}
     opts = optimizers(model, t.optimizer, t.lr, t.weight_decay, t.beta2, rates(recipe) | t.lr_scale, part_of(model), low)
     whole, probes = company(loaded, packs, *made_by(packs, model, loaded, recipe))
     set_seed(t.seed, device_specific=True)
     job = prepare(Scorer(model), opts, acc, probes, complete=whole, data=data, objective=sft_objective(loaded.processor, t.z_loss), size=size,
-                  schedule=schedule(t.schedule, steps, round(t.warmup * steps), t.decay), steps=steps, packs=t.packs, clip=t.clip)
+                  schedule=schedule(t.schedule, steps, round(t.warmup * steps), t.decay), steps=steps, packs=t.packs, clip=t.clip,
+                  turns=recipe.adapter.kind == 'lisa')
     if recipe.galore.per_layer: job.inside = InBackward([o.optimizer for o in job.optimizers], t.clip, model)
     return job
 
@@ -355,7 +355,7 @@ def whole_model(
     from omnilab.train.checkpoint import gathered
     from omnilab.train.launch import sharded
     if not sharded(job.accelerator.distributed_type): return job.model
-    state = gathered(job.model.state_dict())
+    state = gathered(job.model.state_dict(keep_vars=True))
     if not job.accelerator.is_main_process: return None
     here = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, device='cpu'))
     model = trainable(load_model(here).model, recipe, getattr(job.data, 'packs', None))

@@ -34,7 +34,6 @@ class Lisa:
         self.few, self.every, self.seed, self.hook = layers, every, seed, None
 
     def on_start(self, run): # run: train.loop.Run
-        if run.accelerator.num_processes > 1: raise AdapterError('lisa: DDP must know what gets a gradient once and for all; expected one process')
         self.layers = getattr(run.model.get_decoder(), 'layers', None)
         if self.layers is None: raise AdapterError(f'lisa: {type(run.model.get_decoder()).__name__} has no list of layers')
         if self.few > len(self.layers): raise AdapterError(f'options.layers = {self.few}: the model has {len(self.layers)}')
