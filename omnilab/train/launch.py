@@ -71,7 +71,7 @@ def refuse(
     for said, so in (alone | (parts if sharded(kind) else {}) | (zero if name == 'DEEPSPEED' else {})).items():
         if so: raise RecipeError(f'{name}: {said}')
 
-# %% ../../nbs/train/10_launch.ipynb #5d2026a2
+# %% ../../nbs/train/10_launch.ipynb #aeea9623
 def there(
     made:dict, # from `config`
 ):

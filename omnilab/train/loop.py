@@ -6,7 +6,7 @@
 __all__ = ['Run', 'accelerator', 'prepare', 'holds', 'gradients', 'means', 'one_step', 'train']
 
 # %% ../../nbs/train/04_loop.ipynb #1c7f7aed
-import math, time
+import math, os, time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -55,9 +55,12 @@ def accelerator(
     "Accelerate, set up for this loop."
     from omnilab.train.zero import kind
     kw = [DistributedDataParallelKwargs()]
-    return kind(device)(mixed_precision=precision, cpu=device == 'cpu', kwargs_handlers=kw, step_scheduler_with_optimizer=False)
+    acc = kind(device)(mixed_precision=precision, cpu=device == 'cpu', kwargs_handlers=kw, step_scheduler_with_optimizer=False)
+    started = int(os.environ.get('WORLD_SIZE', 1))
+    if started > acc.num_processes: raise ValueError(f'{started} processes, and each believes that it is alone: no GPU here; expected omnilab launch cpus')
+    return acc
 
-# %% ../../nbs/train/04_loop.ipynb #50b450cf
+# %% ../../nbs/train/04_loop.ipynb #ac18176c
 def prepare(
     scorer:nn.Module, # a Scorer
     optimizers:Iterable[Optimizer], # its optimisers
