@@ -10,7 +10,8 @@ import omnilab     # noqa: F401 (torchvision's operators)
 from omnilab.models.load import load
 from omnilab.objectives.exact import check_forest
 from omnilab.train.recipe import AdapterArgs
-from omnilab.train.sft import APART, OF_LORA, OWN, main
+from omnilab.train.allowed import APART, OF_LORA, OWN
+from omnilab.train.sft import main
 from omnilab.tune.adapters import KINDS, MOVED, load_adapter, merge
 from omnilab.tune.prompts import PROMPTS
 

@@ -124,7 +124,7 @@ def test_a_recipe_names_cards(tmp_path, monkeypatch):
     from omnilab.train.feed import feed, plan_packs, read_files
     from omnilab.train.prepare import PrepareRecipe, prepare
     from omnilab.train.recipe import Entry, SFTRecipe, build
-    from omnilab.train.sft import check
+    from omnilab.train.allowed import check
     known = cards.card('math_instruct')
     rows = [known.example | {'instruction': f'How much is {i} and 1?'} for i in range(6)]
     asked = []

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 from ..settings import settings
+from ..train.allowed import check
 from ..train.launch import refuse
 from ..train.recipe import Count, RecipeError, SFTRecipe, command, opt
-from ..train.sft import check, load_model, plan_packs, read_files
+from ..train.sft import load_model, plan_packs, read_files
 
 # %% ../../nbs/memory/01_planner.ipynb #38ef4dee
 @dataclass
@@ -285,7 +286,7 @@ def plan(
         raise RecipeError('data.streaming or data.mixture: the longest pack is not known; expected data.train, the file with the longest rows')
     if r.data.towers: raise RecipeError('data.towers: towers are not run before the run; expected false, which holds more')
     if r.measure and r.ranks > 1: raise RecipeError(f'measure with ranks = {r.ranks}: one process is measured; expected ranks 1')
-    if r.ranks > 1 and r.shared != 'ddp': refuse('FSDP', r)
+    if r.ranks > 1 and r.shared != 'ddp': refuse('FSDP' if r.shared == 'fsdp2' else 'DEEPSPEED', r)
     here = loaded or described(r)
     packs = worst(plan_packs(read_files(r), here, r) if packs is None else packs, -(-r.train.packs // r.ranks))
     def peak(tokens): return sum(shares(foresee(r, here, [grown(packs, tokens)] * len(packs)), here.model, r.ranks, r.shared).values())
