@@ -79,9 +79,9 @@ def test_a_run_resumes_to_the_bit(kind, inner, tmp_path):
     for a, b in zip(straight.model.parameters(), again.model.parameters()): assert a.equal(b)
 
 
-@pytest.mark.parametrize('kind,int8,layer,clip', [('qgalore', True, False, 1.), ('qgalore', True, True, .1), ('galore', False, True, .1),
-                                                  ('apollo', False, True, 0.)])
-def test_bytes_and_steps_in_the_backward_pass(kind, int8, layer, clip, tmp_path):
+@pytest.mark.parametrize('kind,int8,layer,clip,packs', [('qgalore', True, False, 1., 1), ('qgalore', True, True, .1, 1), ('galore', False, True, .1, 1),
+                                                        ('galore', False, True, .1, 2), ('apollo', False, True, 0., 1)])
+def test_bytes_and_steps_in_the_backward_pass(kind, int8, layer, clip, packs, tmp_path):
     "As recipes choose them: a run resumes to the bit, in the backward pass or after it the steps are the same, and what is saved is an ordinary model."
     import test_two_ranks as two
     from omnilab.train.checkpoint import Checkpoint, moving, resume
@@ -91,7 +91,7 @@ def test_bytes_and_steps_in_the_backward_pass(kind, int8, layer, clip, tmp_path)
     from omnilab.tune.qgalore import Int8Linear, from_int8
     def build(seed, layer=layer):
         run = two.build(seed, dropout=.2)
-        run.packs, run.clip = 1, clip
+        run.packs, run.clip = packs, clip
         options = dict(rank=3, every=2) | (dict(int8=True) if int8 else {})
         run.optimizers = [run.accelerator.prepare(o) for o in optimizers(run.model, kind, lr=.01, options=options)]
         if layer: run.inside = InBackward([o.optimizer for o in run.optimizers], clip, run.model)

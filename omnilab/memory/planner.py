@@ -18,6 +18,7 @@ from ..train.allowed import check
 from ..train.launch import refuse
 from ..train.recipe import Count, RecipeError, SFTRecipe, command, opt
 from ..train.sft import load_model, plan_packs, read_files
+from ..variant import varied
 
 # %% ../../nbs/memory/01_planner.ipynb #38ef4dee
 @dataclass
@@ -275,6 +276,7 @@ def planner(
     return view(picture, ranks=slider('ranks', most, 1, found.ranks), card=slider('card', 80))
 
 # %% ../../nbs/memory/01_planner.ipynb #a225be38
+@varied
 def plan(
     recipe:MemoryRecipe, # what would be run
     loaded=None, # model and processor; None: as the recipe's model is described

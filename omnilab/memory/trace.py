@@ -38,6 +38,7 @@ from ..train.spare import offload, recompute
 from ..tune import adapters
 from ..tune.galore import local
 from ..tune.targets import AdapterError, prefixes
+from ..variant import ACTIVE, library
 
 # %% ../../nbs/memory/00_trace.ipynb #2de821b6
 def job(
@@ -274,14 +275,15 @@ def moving(
         ledger.kind = ledger.place = 'optimiser'
         if not inside: ledger.begin('optimiser'); claim(known)
     def done(*_): ledger.kind, ledger.place = before.pop()
-    seen = inside and inside.seen
+    seen, go = inside and inside.seen, inside and inside.run
     def also(o, i, p): claim([p]); seen(o, i, p)
-    if inside: inside.seen = also
+    def pack(f, last=True): out = go(f, last); claim(known); return out
+    if inside: inside.seen, inside.run = also, pack
     hooks = [h for o in run.optimizers for h in (o.optimizer.register_step_pre_hook(learn), o.optimizer.register_step_post_hook(done))]
     try: yield
     finally:
         for h in hooks: h.remove()
-        if inside: inside.seen = seen
+        if inside: inside.seen, inside.run = seen, go
 
 # %% ../../nbs/memory/00_trace.ipynb #8c8f6eee
 @dataclass
@@ -459,7 +461,7 @@ def key(
     inputs = [[k, note(x)] for p in packs for k, x in {**vars(p), **p.media, **p.extras, **vars(p.plan)}.items() if isinstance(x, Tensor)]
     parts = [config, [(n, *note(p)) for n, p in model.named_parameters()], inputs, asdict(recipe.adapter), asdict(recipe.galore), recipe.model.quantize,
              [t.optimizer, t.precision, t.clip > 0, t.freeze, t.z_loss > 0, t.checkpointing, t.offload, t.ema > 0, t.neftune > 0], more,
-             [version(x) for x in ('torch', 'transformers', 'peft', 'omnilab')]]
+             [version(x) for x in ('torch', 'transformers', 'peft')], library(), [v.digest for v in ACTIVE]]          # our own code as it is
     return hashlib.sha256(json.dumps(parts, default=str).encode()).hexdigest()[:24]
 
 def remembered(

@@ -80,7 +80,6 @@ def check_low(
         if recipe.adapter.kind != 'none': raise RecipeError(f'train.optimizer = {t.optimizer!r} with adapter.kind = {recipe.adapter.kind!r}: '
                                                             'adapters are small; expected none')
     elif g.per_layer: raise RecipeError(f'galore.per_layer with train.optimizer = {t.optimizer!r}: expected galore, qgalore or apollo')
-    if g.per_layer and t.packs > 1: raise RecipeError(f'galore.per_layer with train.packs = {t.packs}: gradients would pile up to be added; expected 1')
     if g.per_layer and t.precision == 'fp16': raise RecipeError("galore.per_layer with train.precision = 'fp16': gradients are scaled; expected no or bf16")
     if g.int8 and t.optimizer != 'qgalore': raise RecipeError(f'galore.int8 with train.optimizer = {t.optimizer!r}: expected qgalore')
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Run', 'accelerator', 'prepare', 'holds', 'gradients', 'means', 'one_step', 'train']
 
-# %% ../../nbs/train/04_loop.ipynb #1c7f7aed
+# %% ../../nbs/train/04_loop.ipynb #79114165
 import math, os, time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
@@ -20,7 +20,7 @@ from ..forest.loader import Ticket, share
 from .reach import settle
 from ..tune.backward import InBackward
 
-# %% ../../nbs/train/04_loop.ipynb #a9ece303
+# %% ../../nbs/train/04_loop.ipynb #16216800
 @dataclass
 class Run:
     "A run in progress: what the loop works on and callbacks look at."
@@ -40,14 +40,14 @@ class Run:
     stop:bool = False                # a callback may set it: end after this step
     kept:dict = field(default_factory=dict) # what callbacks remember, by name: numbers and tensors; goes into checkpoints
 
-    inside:InBackward|None = None    # moves parameters in the backward pass; one pack a step, one process
+    inside:InBackward|None = None    # moves parameters in the backward pass; one process
 
     @property
     def model(self): return self.accelerator.unwrap_model(self.scorer).model
     @property
     def handles(self): return [p for o in self.optimizers for g in o.param_groups for p in g['params'] if hasattr(p, 'layer')]    # of weights in bytes
 
-# %% ../../nbs/train/04_loop.ipynb #cf1b698d
+# %% ../../nbs/train/04_loop.ipynb #269c0ba9
 def accelerator(
     precision:str='no', # mixed precision: no, bf16 or fp16
     device:str='auto', # auto: an accelerator if there is one; cpu: never
@@ -76,7 +76,7 @@ def prepare(
     scorer, *optimizers = accelerator.prepare(scorer, *optimizers)
     return Run(scorer=scorer, optimizers=optimizers, accelerator=accelerator, **rest)
 
-# %% ../../nbs/train/04_loop.ipynb #d85727d3
+# %% ../../nbs/train/04_loop.ipynb #309e2bb8
 def holds(
     run:Run, # in progress
     group:Sequence[Ticket|None], # the step's tickets; None: known to another process only
@@ -89,7 +89,7 @@ def holds(
     table = torch.tensor(list(sums.values()), dtype=torch.float64, device=run.accelerator.device)
     return {k: type(v)(x) for (k, v), x in zip(sums.items(), run.accelerator.reduce(table, 'sum').tolist())}
 
-# %% ../../nbs/train/04_loop.ipynb #838ce282
+# %% ../../nbs/train/04_loop.ipynb #fe7c3856
 def gradients(
     run:Run, # its gradients are filled
     group:Sequence[Ticket|None], # the step's tickets
@@ -110,12 +110,12 @@ def gradients(
                 loss, metrics = run.objective(run.scorer(pack), pack, total)
                 acc.backward(loss * live * acc.num_processes)
                 return metrics
-            metrics = run.inside.run(go) if run.inside else go()
+            metrics = run.inside.run(go, last=i + 1 == len(mine)) if run.inside else go()
         if ticket.name: metrics |= {f'loss/{ticket.name}': metrics['loss']}
         for k, v in metrics.items(): sums[k] = sums.get(k, 0) + v * live
     return sums, waited
 
-# %% ../../nbs/train/04_loop.ipynb #a36c04a9
+# %% ../../nbs/train/04_loop.ipynb #3ed17060
 def means(
     sums:dict[str, Tensor], # this process' (sum, weight) pairs, [2] each
     accelerator:Accelerator, # reaches the other processes
@@ -124,7 +124,7 @@ def means(
     table = accelerator.reduce(torch.stack(list(sums.values())).float(), 'sum').tolist()
     return {k: s / w for k, (s, w) in zip(sums, table) if w}
 
-# %% ../../nbs/train/04_loop.ipynb #dd9fd0b6
+# %% ../../nbs/train/04_loop.ipynb #88f39efb
 def one_step(
     run:Run, # weights, optimisers and data move on by one step
 )->dict: # metrics; what a second run would not repeat stands under 'time'
@@ -143,7 +143,7 @@ def one_step(
     metrics |= {'grad_norm': float(norm), 'lr': run.optimizers[-1].param_groups[0]['lr'], 'epoch': run.data.epoch, **held}
     return metrics | {'time': {'seconds': time.perf_counter() - began, 'wait': waited + loading}}
 
-# %% ../../nbs/train/04_loop.ipynb #cc56200a
+# %% ../../nbs/train/04_loop.ipynb #d6be0824
 def train(
     run:Run, # from `prepare`
     callbacks:Iterable=(), # objects with any of on_start, on_step, on_end, on_close; called in this order

@@ -141,7 +141,8 @@ class GaLoreArgs:
     inner:Literal['adamw', 'adamw8bit', 'adafactor']|None = opt(None, 'galore, qgalore: what runs in the remembered directions')
     moments:Literal['rotate', 'keep', 'reset']|None = opt(None, 'galore, qgalore: what becomes of moments at new directions')
     per:Literal['channel', 'tensor']|None = opt(None, 'apollo: a factor for each channel, or one for a matrix')
-    per_layer:bool = opt(False, 'a matrix moves in the backward pass, and its gradient is freed; with train.clip in two passes; one process, train.packs 1')
+    per_layer:bool = opt(False, 'a matrix moves in the last backward pass of a step, and its gradient is freed; with train.clip in two passes; '
+                                'one process; saves memory with train.packs 1')
     int8:bool = opt(False, 'qgalore: matrices are held in bytes and rounded at random; saved as ordinary weights; one process')
 
 # %% ../../nbs/train/00_recipe.ipynb #381b69b5

@@ -24,8 +24,8 @@ class InBackward:
             raise ValueError('updates in the backward pass come before gradients are averaged; expected one process')
         self.optimizers, self.clip, self.model, self.last, self.measuring, self.factor, self.norms = list(optimizers), clip, model, True, False, 1., {}
         def when(o, i): return lambda p: self.seen(o, i, p) if self.last else None
-        self.hooks = [p.register_post_accumulate_grad_hook(when(o, i))
-                      for o in self.optimizers for i, g in enumerate(o.param_groups) for p in g['params']]
+        self.all = [(p, o, i) for o in self.optimizers for i, g in enumerate(o.param_groups) for p in g['params']]
+        self.hooks = [p.register_post_accumulate_grad_hook(when(o, i)) for p, o, i in self.all]
 
     def seen(self, optimizer:Optimizer, i:int, p:nn.Parameter):
         "A gradient is complete."
@@ -48,23 +48,28 @@ class InBackward:
         known = [p for p in (self.model.parameters() if self.model else ()) if p in self.norms]
         return torch.linalg.vector_norm(torch.stack([self.norms[p] for p in dict.fromkeys([*known, *self.norms])]))
 
-    def run(self, f:Callable): # f: forward and backward of a step's only batch; what it gives
-        "A step; the passes that it needs."
-        self.norms, old = {}, self.versions()
-        if self.clip:
+    def cut(self)->Tensor: # factor of all gradients
+        if not torch.isfinite(norm := self.norm()): raise FloatingPointError(f'the norm of the gradient is {norm}; weights are as before the step')
+        return (self.clip / (norm + 1e-6)).clamp(max=1)
+
+    def run(self, f:Callable, last:bool=True): # f: forward and backward of a pack; whether it is the step's last; what f gives
+        "A pack of a step; the passes that it needs."
+        piled, old, self.norms, self.factor = any(p.grad is not None for p, *_ in self.all), self.versions(), {}, 1.
+        self.last = last and not (piled and self.clip)
+        if self.last and self.clip:
             with torch.random.fork_rng(): self.measuring = True; f()
             if old != self.versions(): raise ValueError('the forward pass changes buffers, and would do so twice; expected no clipping')
-            if not torch.isfinite(norm := self.norm()): raise FloatingPointError(f'the norm of the gradient is {norm}; weights are as before the step')
-            self.measuring, self.factor, self.norms = False, (self.clip / (norm + 1e-6)).clamp(max=1), {}
-        return f()
+            self.measuring, self.factor, self.norms = False, self.cut(), {}
+        out = f()
+        if last: self.rest()
+        return out
 
-    def step(self):
-        "What the last backward pass didn't reach."
-        for o in self.optimizers:
-            for i, g in enumerate(o.param_groups):
-                for p in g['params']:
-                    if p.grad is not None: self.update(o, i, p); p.grad = None
-        self.norms = {}
+    def rest(self):
+        "Gradients of earlier packs that the last pass left, as the optimiser should find them."
+        left = [p for p, *_ in self.all if p.grad is not None]
+        self.norms |= {p: p.grad.norm() for p in left}
+        factor = self.cut() if self.clip and not self.last else 1.
+        for p in left: p.grad.mul_(factor)
 
     def remove(self):
         for h in self.hooks: h.remove()
