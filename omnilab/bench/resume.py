@@ -34,7 +34,7 @@ def words(
     steps:int, # of the run
 )->list[str]: # of the command line, but for `--output`
     "What `omnilab sft` is told."
-    rows, loaded = write(folder/'rows', 24), fresh(load('omni-tiny', dtype='float32', attn='forest'))
+    rows, loaded = write(folder/'rows', 24), fresh(load('omni-tiny', dtype='float32', attn='forest'), 0)
     loaded.model.save_pretrained(folder/'model'); loaded.processor.save_pretrained(folder/'model')
     told = {'model.name': folder/'model', 'data.train': rows, 'adapter.kind': 'none', 'train.steps': steps, 'train.max_length': 128, 'train.lr': 1e-3,
             'train.save_every': 1, 'train.device': 'cpu'}

@@ -286,6 +286,8 @@ def hub(
     asked = re.fullmatch(r'hf:(\w[\w.-]*(?:/\w[\w.-]*)?)(?::([^:#]+))?(?:#([^#]+))?', address)
     if not asked: raise RowError(f'no name of a dataset; expected {expected}', address)
     name, config, split = asked.groups()
+    if not more and name in getattr(datasets.packaged_modules, '_PACKAGED_DATASETS_MODULES', ()):              # it would look through all files here
+        raise RowError(f'{name} is a format, no dataset; expected a file or folder, or {expected}', address)
     try: ds = datasets.load_dataset(name, config, split=split, streaming=streaming, **more)
     except Exception as e: raise RowError(f'cannot be loaded ({str(e) or type(e).__name__}); expected {expected}', address) from None
     return only(ds, address, f'one of them, such as {address}#{next(iter(ds))}') if isinstance(ds, dict) else ds
