@@ -166,6 +166,7 @@ def test_inspector(tmp_path):
 
         command(tab, 'apputils:change-theme', theme='JupyterLab Dark')
         tab.wait_for_selector('body[data-jp-theme-light=false]', state='attached')
+        tab.wait_for_selector('#jupyterlab-splash', state='detached')                                   # it lies over the page, and takes the mouse
         point(tab, .4, 300)
         tip(tab, 'tree')
         assert contrast(tab) > 7
