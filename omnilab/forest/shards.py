@@ -323,23 +323,24 @@ def shard_bytes(
     return save(index | lines | heads.tensors, meta | {'check': checked(index, meta)})
 
 # %% ../../nbs/forest/11_shards.ipynb #8c1b9f4f
-TYPES = dict(BOOL=torch.bool, U8=torch.uint8, I8=torch.int8, U16=torch.uint16, I16=torch.int16, U32=torch.uint32, I32=torch.int32, U64=torch.uint64,
-             I64=torch.int64, F16=torch.float16, BF16=torch.bfloat16, F32=torch.float32, F64=torch.float64)      # as safetensors names them
+TYPES = dict(BOOL='bool', U8='u1', I8='i1', U16='u2', I16='i2', U32='u4', I32='i4', U64='u8', I64='i8', F16='f2', BF16='u2', F32='f4', F64='f8')
 
 class Mapped(Mapping):
     "Tensors of a safetensors file, where they lie."
     def __init__(self, path:Path):
         with safe_open(path, 'pt') as f: self.metadata = f.metadata() or {}      # says whether the header is sound
-        self.bytes = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
-        self.start = 8 + int.from_bytes(self.bytes[:8].numpy(), 'little')
-        self.at = json.loads(self.bytes[8:self.start].numpy().tobytes())
+        self.bytes = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8).numpy()
+        self.start = 8 + int.from_bytes(self.bytes[:8], 'little')
+        self.at = json.loads(self.bytes[8:self.start].tobytes())
         self.at.pop('__metadata__', None)
     def __len__(self): return len(self.at)
     def __iter__(self): return iter(self.at)
     def __contains__(self, k): return k in self.at
     def __getitem__(self, k)->Tensor: # not to be written to
-        a, b = self.at[k]['data_offsets']
-        return self.bytes[self.start + a:self.start + b].view(TYPES[self.at[k]['dtype']]).view(self.at[k]['shape'])
+        about, kind = self.at[k], self.at[k]['dtype']
+        a, b = about['data_offsets']
+        out = torch.from_numpy(self.bytes[self.start + a:self.start + b].view(TYPES[kind]).reshape(about['shape']))
+        return out.view(torch.bfloat16) if kind == 'BF16' else out
 
 # %% ../../nbs/forest/11_shards.ipynb #61dfdffc
 class Media(Mapping):
