@@ -166,6 +166,7 @@ def tabled(
     codes = np.stack([c.reshape(len(view), -1) for c, _ in found], 1)
     return [torch.from_numpy(codes), torch.from_numpy(table.view(f'i{view.element_size()}'))]
 
+# %% ../../nbs/forest/11_shards.ipynb #886c7686
 def compact(
     x:Tensor, # as the processor gave it
     known:dict|None=None, # formulas and palettes of tensors before it; gets those of this one
