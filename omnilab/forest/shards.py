@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BITS', 'ODD', 'STALE', 'FORMAT', 'INDEX', 'TYPES', 'ladder', 'bucket', 'Palette', 'palette', 'coded', 'near', 'step',
-           'Formula', 'formula', 'by_channel', 'narrow', 'tabled', 'compact', 'expand', 'columns', 'stack',
+           'scratch', 'Formula', 'formula', 'by_channel', 'narrow', 'tabled', 'compact', 'expand', 'columns', 'stack',
            'BrokenShard', 'checksum', 'Heads', 'put', 'sweep', 'checked', 'shard_bytes', 'Mapped', 'Media', 'Shard']
 
 # %% ../../nbs/forest/11_shards.ipynb #1b9b2fef
@@ -108,17 +108,23 @@ def step(
         fits = ((at.astype(np.float32) - m) / s == values[at]).all(-1)          # [33, 17]
     return next(((m[a, 0, 0], s[b, 0]) for a, b in np.argwhere(fits)), None)
 
-# %% ../../nbs/forest/11_shards.ipynb #6b53fcdd
+# %% ../../nbs/forest/11_shards.ipynb #558252ce
+def scratch(room:dict, like:Tensor)->Tensor: # as large; a new tensor's pages would cost more than the arithmetic on them
+    if (old := room.get('scratch')) is None or old.shape != like.shape: room['scratch'] = torch.empty_like(like)
+    return room['scratch']
+
 @dataclass
 class Formula:
     "What makes values of codes: (code − m) / s."
     m:Tensor        # float32 [channels, 1]
     s:Tensor        # float32 [channels, 1]
     def values(self, codes:Tensor)->Tensor: return codes.float().sub_(self.m).div_(self.s)      # [..., channels, b] -> float32
-    def codes(self, values:Tensor)->Tensor|None: # float32 [a, channels, b] -> uint8; None: it doesn't make these
-        with np.errstate(invalid='ignore'): guess = torch.from_numpy(values.mul(self.s).add_(self.m + .5).numpy().astype(np.uint8))
+    def codes(self, values:Tensor, room:dict)->Tensor|None: # float32 [a, channels, b] -> uint8; None: it doesn't make these
+        x = scratch(room, values)
+        torch.mul(values, self.s, out=x).add_(self.m + .5)
+        with np.errstate(invalid='ignore'): guess = torch.from_numpy(x.numpy().astype(np.uint8))
         bits = lambda x: x.numpy().view(np.int32)
-        return guess if np.array_equal(bits(self.values(guess)), bits(values)) else None
+        return guess if np.array_equal(bits(x.copy_(guess).sub_(self.m).div_(self.s)), bits(values)) else None
     @property
     def table(self)->Tensor: return self.values(torch.arange(256).expand(len(self.m), 256)).view(torch.int32)    # of all codes, [channels, 256]
 
@@ -175,7 +181,7 @@ def compact(
     known, x = {} if known is None else known, x.detach().cpu().contiguous()
     if x.dtype not in BITS or not x.numel(): return [narrow(x)]
     for view in by_channel(x.view(BITS[x.dtype])):
-        n, name, fits = view.shape[1], (x.dtype, view.shape[1]), lambda f: f and f.codes(view.view(x.dtype))
+        n, name, fits = view.shape[1], (x.dtype, view.shape[1]), lambda f: f and f.codes(view.view(x.dtype), known)
         if (codes := fits(known.get(name))) is not None: return [codes, known[name].table]
         if (stored := tabled(view, known)) is None: continue
         new = formula(stored[1].numpy().tobytes(), n) if x.dtype == torch.float32 else None
