@@ -1370,6 +1370,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        'omnilab.forest.shards.near': ('forest/shards.html#near', 'omnilab/forest/shards.py'),
                                        'omnilab.forest.shards.palette': ('forest/shards.html#palette', 'omnilab/forest/shards.py'),
                                        'omnilab.forest.shards.put': ('forest/shards.html#put', 'omnilab/forest/shards.py'),
+                                       'omnilab.forest.shards.scratch': ('forest/shards.html#scratch', 'omnilab/forest/shards.py'),
                                        'omnilab.forest.shards.shard_bytes': ('forest/shards.html#shard_bytes', 'omnilab/forest/shards.py'),
                                        'omnilab.forest.shards.stack': ('forest/shards.html#stack', 'omnilab/forest/shards.py'),
                                        'omnilab.forest.shards.step': ('forest/shards.html#step', 'omnilab/forest/shards.py'),
