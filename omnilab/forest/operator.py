@@ -9,7 +9,7 @@ __all__ = ['walk', 'run_tiles', 'empty', 'run_tiles_backward', 'drain', 'drain_b
 # %% ../../nbs/forest/03_operator.ipynb #914fd16a
 import torch
 from torch import Tensor
-from .kernels import VARLEN, backend, calls_on, flex, run_calls, run_calls_backward
+from .kernels import LEVELS, backend, calls_on, flex, run_calls, run_calls_backward
 from .plan import BAND, BLOCK, CAUSAL, FULL, MASKED, Plan, tile_mask
 
 # %% ../../nbs/forest/03_operator.ipynb #32a198d2
@@ -80,19 +80,21 @@ def drain_backward(g:Tensor, out:Tensor, lse:Tensor, sinks:Tensor)->Tensor: # [h
 # %% ../../nbs/forest/03_operator.ipynb #36205fc8
 @torch.library.custom_op('omnilab::forest', mutates_args=())
 def forest_op(q:Tensor, k:Tensor, v:Tensor, sinks:Tensor|None, tiles:Tensor, rule:Tensor, scale:float, cap:float)->tuple[Tensor, Tensor]:
-    by_level = q.is_cuda and (calls_on(rule, q.device), scale, VARLEN['flash'])
-    out, lse = run_calls(q, k, v, *by_level) if by_level else run_tiles(q, k, v, tiles, rule, scale, cap)
+    kernel = LEVELS.get(q.device.type)
+    out, lse = run_calls(q, k, v, calls_on(rule, q.device), scale, kernel) if kernel else run_tiles(q, k, v, tiles, rule, scale, cap)
     return (out, lse) if sinks is None else drain(out, lse, sinks)
 
 @forest_op.register_fake
-def _(q, k, v, sinks, tiles, rule, scale, cap): return empty(q, v)
+def _(q, k, v, sinks, tiles, rule, scale, cap):
+    out, lse = empty(q, v)
+    return out, lse.contiguous() if q.device.type in LEVELS else lse
 
 # %% ../../nbs/forest/03_operator.ipynb #aff4e462
 @torch.library.custom_op('omnilab::forest_backward', mutates_args=())
 def forest_backward_op(g:Tensor, q:Tensor, k:Tensor, v:Tensor, sinks:Tensor|None, out:Tensor, lse:Tensor, tiles:Tensor, rule:Tensor, scale:float,
                        cap:float)->list[Tensor]:
-    by_level = q.is_cuda and (calls_on(rule, q.device), scale, VARLEN['flash'])
-    shares = run_calls_backward(g, q, k, v, out, lse, *by_level) if by_level else run_tiles_backward(g, q, k, v, out, lse, tiles, rule, scale, cap)
+    kernel, x = LEVELS.get(q.device.type), (g, q, k, v, out, lse)
+    shares = run_calls_backward(*x, calls_on(rule, q.device), scale, kernel) if kernel else run_tiles_backward(*x, tiles, rule, scale, cap)
     return shares + ([] if sinks is None else [drain_backward(g, out, lse, sinks)])
 
 @forest_backward_op.register_fake
