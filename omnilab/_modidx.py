@@ -2452,6 +2452,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'omnilab.train.pretrain.spelled': ('train/pretrain.html#spelled', 'omnilab/train/pretrain.py'),
                                         'omnilab.train.pretrain.squares': ('train/pretrain.html#squares', 'omnilab/train/pretrain.py'),
                                         'omnilab.train.pretrain.stage': ('train/pretrain.html#stage', 'omnilab/train/pretrain.py'),
+                                        'omnilab.train.pretrain.undivided': ('train/pretrain.html#undivided', 'omnilab/train/pretrain.py'),
                                         'omnilab.train.pretrain.warm_encoders': ( 'train/pretrain.html#warm_encoders',
                                                                                   'omnilab/train/pretrain.py'),
                                         'omnilab.train.pretrain.watch': ('train/pretrain.html#watch', 'omnilab/train/pretrain.py'),

@@ -6,10 +6,11 @@
 __all__ = ['GROUPS', 'SCENE', 'KNOWN', 'PACE', 'FREE', 'sentences', 'answers', 'make_processor', 'ceilings', 'Questions',
            'WorldPacks', 'SizeArgs', 'model_config', 'make_model', 'squares', 'contents', 'frame', 'spelled', 'watch',
            'Reads', 'senses', 'warm_encoders', 'pretrain_defaults', 'PolishArgs', 'PretrainRecipe', 'watched', 'once',
-           'first_stage', 'later_stage', 'stage', 'pretrain', 'score', 'keep', 'release', 'draw_release', 'main']
+           'first_stage', 'later_stage', 'undivided', 'stage', 'pretrain', 'score', 'keep', 'release', 'draw_release',
+           'main']
 
-# %% ../../nbs/train/18_pretrain.ipynb #957fd75e
-import json, os, shutil, time
+# %% ../../nbs/train/18_pretrain.ipynb #ed9eeab1
+import json, os, shutil, sys, time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-# %% ../../nbs/train/18_pretrain.ipynb #158e5d89
+# %% ../../nbs/train/18_pretrain.ipynb #efcd0d22
 import omnilab.forest.attention  # registers the attention named 'forest'
 from ..data.samples import Sample
 from ..data.world.judges import JUDGES
@@ -51,12 +52,13 @@ from ..objectives.sft import sft_objective, size
 from ..settings import settings
 from .callbacks import MetricsFile, ModalityGap, Progress, TokenDiversity
 from .checkpoint import Checkpoint, resume
+from .launch import sharded
 from .loop import accelerator, prepare, train
 from .optim import fits, optimizers, schedule
 from .share import Tracker
-from .recipe import Count, Share, Size, TrainArgs, Whole, command, opt, to_yaml
+from .recipe import Count, RecipeError, Share, Size, TrainArgs, Whole, command, opt, to_yaml
 
-# %% ../../nbs/train/18_pretrain.ipynb #816297cf
+# %% ../../nbs/train/18_pretrain.ipynb #4cba3924
 def sentences(
     world:World, # where they come from
     n:int=3000, # samples
@@ -88,7 +90,7 @@ def make_processor(
     processor.codecs = codecs
     return processor
 
-# %% ../../nbs/train/18_pretrain.ipynb #333643a2
+# %% ../../nbs/train/18_pretrain.ipynb #4dde912f
 def ceilings(
     processor:OmniProcessor, # with codecs
     split:str='test', # of the world
@@ -105,7 +107,7 @@ def ceilings(
         out[name] = ceiling(processor.codecs[t.modality_out], [p.value for p in parts], judge)
     return out
 
-# %% ../../nbs/train/18_pretrain.ipynb #c7ab3246
+# %% ../../nbs/train/18_pretrain.ipynb #9a19dcb6
 GROUPS = dict(scene=.42, ocr=.11, tones=.07, synth=.09, draw=.14, keys=.05, clip=.12)
 SCENE = dict(count=.16, color=.15, shape=.12, size=.07, place=.14, caption=.06, json=.03, ground=.13, region=.11, dial=.03)
 
@@ -128,7 +130,7 @@ class Questions:
         chosen = rng.choice(len(self.tasks), self.per_scene, p=self.weights)
         return [self.world.sample(self.tasks[j], i, int((chosen[:k] == j).sum())) for k, j in enumerate(chosen)]
 
-# %% ../../nbs/train/18_pretrain.ipynb #f4f3f83e
+# %% ../../nbs/train/18_pretrain.ipynb #3133fd37
 class WorldPacks(Iterator):
     "An endless stream of packs that can be continued anywhere."
     def __init__(self,
@@ -159,7 +161,7 @@ class WorldPacks(Iterator):
     def state_dict(self)->dict: return {'group': self.group, 'used': self.used}
     def load_state_dict(self, state:dict): self.group, self.used = state['group'], state['used']
 
-# %% ../../nbs/train/18_pretrain.ipynb #7609f996
+# %% ../../nbs/train/18_pretrain.ipynb #79ec262d
 @dataclass
 class SizeArgs:
     "How large the model is."
@@ -185,7 +187,7 @@ def model_config(
     return OmniConfig(text, vision, audio_width=size.audio, image_token_id=of('<|image|>'), video_token_id=of('<|video|>'),
                       audio_token_id=of('<|audio|>'), pad_token_id=tok.pad_token_id, eos_token_id=tok.eos_token_id, bos_token_id=None)
 
-# %% ../../nbs/train/18_pretrain.ipynb #e6d56f17
+# %% ../../nbs/train/18_pretrain.ipynb #5458d7af
 def make_model(
     size:SizeArgs, # how large
     processor:OmniProcessor, # whose vocabulary it speaks
@@ -198,7 +200,7 @@ def make_model(
     model.set_attn_implementation('forest')
     return model
 
-# %% ../../nbs/train/18_pretrain.ipynb #19c63ae8
+# %% ../../nbs/train/18_pretrain.ipynb #86e41f01
 def squares(
     pixels:Tensor, # [n, c, h, w]
     side:int, # squares along a side
@@ -228,7 +230,7 @@ def frame(
     "One frame as a picture of its own."
     return Image.fromarray(clip.frames[k]), [clip.static, SimpleNamespace(size=clip.size, color=clip.color, shape=clip.shape, box=clip.box(k))]
 
-# %% ../../nbs/train/18_pretrain.ipynb #21d1797c
+# %% ../../nbs/train/18_pretrain.ipynb #7f6644b7
 def spelled(
     word:Word, # as it stands on the canvas
     side:int=3, # squares along a side
@@ -240,7 +242,7 @@ def spelled(
         inside[int(y * side // CANVAS) * side + int(x * side // CANVAS)].append(1 + LETTERS.index(c))
     return torch.tensor([ks + [0] * (most - len(ks)) for ks in inside])
 
-# %% ../../nbs/train/18_pretrain.ipynb #8c76fc74
+# %% ../../nbs/train/18_pretrain.ipynb #618c49c1
 def watch(
     world:World, # where they come from
     processor:OmniProcessor, # makes tensors of them
@@ -256,7 +258,7 @@ def watch(
     return dict(pixel_values=torch.stack(pixels), cells=torch.stack([contents(things) for _, things in shown]), text=torch.stack([spelled(w) for w in words]),
                 input_features=torch.cat(sounds), audio_lengths=torch.tensor([len(x) for x in sounds]))
 
-# %% ../../nbs/train/18_pretrain.ipynb #402caed0
+# %% ../../nbs/train/18_pretrain.ipynb #1039809b
 class Reads(nn.Module):
     "Linear readings of what encoders and projectors give."
     def __init__(self, config:OmniConfig):
@@ -276,7 +278,7 @@ class Reads(nn.Module):
                     things=told(self.things, seen[:n], b['cells']), text=3 * told(self.letters, seen[n:], b['text']),  # most squares are empty
                     common=sum(x.flatten(0, -2).mean(0).square().mean() for x in (seen, heard)))
 
-# %% ../../nbs/train/18_pretrain.ipynb #d9ea322c
+# %% ../../nbs/train/18_pretrain.ipynb #c0ff1c2e
 def senses(
     model:OmniForConditionalGeneration, # any
 )->tuple[nn.Module, ...]: # encoders and projectors
@@ -305,7 +307,7 @@ def warm_encoders(
     for m in senses(model): m.requires_grad_(False)
     return {k: float(v.detach()) for k, v in missed.items()}
 
-# %% ../../nbs/train/18_pretrain.ipynb #cd5ea644
+# %% ../../nbs/train/18_pretrain.ipynb #1069ace8
 PACE = {'*vision_*': .3, '*audio_*': .3, '*norm*': .5, '*embed_tokens*': 2.8, 'lm_head*': 1.1}      # factors on the learning rate
 
 def pretrain_defaults()->TrainArgs:
@@ -313,7 +315,7 @@ def pretrain_defaults()->TrainArgs:
     return TrainArgs(steps=10000, packs=2, max_length=512, optimizer='muon', lr=.0036, lr_scale=dict(PACE), schedule='wsd', warmup=.01, decay=.4,
                      save_every=200, precision='no', device='cpu')
 
-# %% ../../nbs/train/18_pretrain.ipynb #687cf109
+# %% ../../nbs/train/18_pretrain.ipynb #9a2a0a4c
 @dataclass
 class PolishArgs:
     "The later stages: encoders move too."
@@ -337,7 +339,7 @@ class PretrainRecipe:
     output:str = opt(str(settings.paths.runs/'pretrain'), 'folder of the run; the model lies in its folder `model`')
     resume:bool = opt(True, 'go on from the last checkpoint in `output`, if there is one')
 
-# %% ../../nbs/train/18_pretrain.ipynb #b7d8dc3d
+# %% ../../nbs/train/18_pretrain.ipynb #8fb85666
 def watched(
     recipe:PretrainRecipe, # of the run
     processor:OmniProcessor, # makes rows
@@ -362,7 +364,7 @@ def once(
     acc.wait_for_everyone()
     return path
 
-# %% ../../nbs/train/18_pretrain.ipynb #935087fc
+# %% ../../nbs/train/18_pretrain.ipynb #942d9af3
 def first_stage(
     recipe:PretrainRecipe, # what to do
     out:Path, # folder of the run
@@ -392,18 +394,27 @@ def later_stage(
     world = World(recipe.train.seed + number)
     return m.processor, m.model, WorldPacks(Questions(world, groups=p.groups, scene=p.scene), m.processor, recipe.train.max_length)
 
-# %% ../../nbs/train/18_pretrain.ipynb #1356bd9c
+# %% ../../nbs/train/18_pretrain.ipynb #de81ffa1
+def undivided(
+    t:TrainArgs, # precision and device
+)->Accelerator: # of processes that each hold the whole model
+    "The processes of the run; said before anything is written or removed if they divide the weights."
+    acc = accelerator(t.precision, t.device)
+    kind = str(acc.distributed_type).rpartition('.')[2]
+    if sharded(kind): raise RecipeError(f'{kind}: divides the model that pretraining saves; expected one process, or a copy in each (ddp, cpus)')
+    return acc
+
+# %% ../../nbs/train/18_pretrain.ipynb #1cf520c2
 def stage(
     recipe:PretrainRecipe, # what to do
     number:int, # of the stage; 0 is the first
     callbacks:tuple=(), # more of them
 )->tuple: # the run at its end, and the processor
     "Train one stage; killed at any moment, the same call goes on."
-    p, home = recipe.polish, Path(recipe.output)
+    p, home, acc = recipe.polish, Path(recipe.output), undivided(recipe.train)
     t = replace(recipe.train, steps=p.steps, lr=p.lr, decay=p.decay, warmup=.05) if number else recipe.train
     out = home/f'polish-{number}' if number else home
     out.mkdir(parents=True, exist_ok=True)
-    acc = accelerator(t.precision, t.device)
     processor, model, packs = later_stage(recipe, home/f'model-{number - 1}', number) if number else first_stage(recipe, out, acc)
     held_out = watched(recipe, processor)
     whole = partial(complete, dummies=dummies([held_out], packs.encoder))
@@ -417,13 +428,13 @@ def stage(
                 Checkpoint(out/'checkpoints', facts, t.save_every, t.keep, t.keep_best)])
     return run, processor
 
-# %% ../../nbs/train/18_pretrain.ipynb #5b66a8d4
+# %% ../../nbs/train/18_pretrain.ipynb #e7d08db6
 def pretrain(
     recipe:PretrainRecipe, # what to do
     callbacks:tuple=(), # more of them
 )->Path: # the folder of the model, with its scores
     "All stages, then scores; killed at any moment, the same call goes on."
-    out = Path(recipe.output)
+    out, _ = Path(recipe.output), undivided(recipe.train)
     if not recipe.resume and int(os.environ.get('RANK', 0)) == 0:
         old = [out/'processor', out/'checkpoints', out/'tensorboard', *out.glob('polish-*'), *out.glob('model-*')]
         for folder in old: shutil.rmtree(folder, ignore_errors=True)
@@ -436,7 +447,7 @@ def pretrain(
     run.accelerator.wait_for_everyone()
     return out/'model'
 
-# %% ../../nbs/train/18_pretrain.ipynb #05ef5a1a
+# %% ../../nbs/train/18_pretrain.ipynb #f19f28fe
 def score(
     loaded:Loaded, # model and processor
     n:int=200, # samples a task and split
@@ -454,7 +465,7 @@ def score(
                           ceilings=ceilings(loaded.processor, split, seed, n))
     return out
 
-# %% ../../nbs/train/18_pretrain.ipynb #dea3c105
+# %% ../../nbs/train/18_pretrain.ipynb #474b8158
 def keep(
     model:OmniForConditionalGeneration, # trained
     processor:OmniProcessor, # its processor
@@ -483,7 +494,7 @@ def release(
     (folder/'scores.json').write_text(json.dumps(about, indent=1) + '\n')
     return folder
 
-# %% ../../nbs/train/18_pretrain.ipynb #4180c1a8
+# %% ../../nbs/train/18_pretrain.ipynb #27e318b4
 def draw_release(
     about:dict, # a `scores.json`
     ax, # matplotlib axes
@@ -499,12 +510,14 @@ def draw_release(
     ax.set(ylim=(0, 1.05), ylabel='score'); ax.legend(loc='upper left', bbox_to_anchor=(1, 1), frameon=False)
     return ax
 
-# %% ../../nbs/train/18_pretrain.ipynb #98311d27
+# %% ../../nbs/train/18_pretrain.ipynb #17fc8e3a
 def main(
     argv:list[str]|None=None, # words of the command line; None: this program's
 ):
     "The command."
     logging.disable_progress_bar()
-    print(pretrain(command(PretrainRecipe, argv, 'python -m omnilab.train.pretrain')))
+    name = 'python -m omnilab.train.pretrain'
+    try: print(pretrain(command(PretrainRecipe, argv, name)))
+    except RecipeError as e: print(f'{name}: {e}', file=sys.stderr); sys.exit(2)
 
 if __name__ == '__main__' and '__file__' in globals(): main()
