@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['TRUST', 'ALIKE', 'Medium', 'clip_meta', 'read_part', 'placeholders', 'sort_outputs', 'rope_index', 'parameters',
-           'rope_positions', 'count_on', 'rate_of', 'rust', 'spell', 'Recent', 'Encoder', 'contents', 'without',
-           'check_shown', 'conversation', 'own_system', 'check_heard', 'heard_and_seen', 'process', 'cast', 'plain',
-           'learn', 'last_in', 'longer', 'Context', 'kind_of', 'pixels', 'alike', 'same', 'compare', 'prompt', 'batch',
+           'rope_positions', 'count_on', 'longer', 'rate_of', 'rust', 'spell', 'Recent', 'Encoder', 'contents',
+           'without', 'check_shown', 'conversation', 'own_system', 'check_heard', 'heard_and_seen', 'process', 'cast',
+           'plain', 'learn', 'Context', 'kind_of', 'pixels', 'alike', 'same', 'compare', 'last_in', 'prompt', 'batch',
            'together']
 
 # %% ../../nbs/forest/07_context.ipynb #2bc7b9e4
@@ -130,6 +130,8 @@ def count_on(
 )->Tensor|None: # [p, n + more]
     "Text counts on, whatever its ids say."
     return None if positions is None else torch.cat([positions, positions[:, -1:] + torch.arange(1, more + 1)], 1)
+
+def longer(v:Tensor, n:int)->Tensor: return torch.cat([v, v.new_zeros(n)])   # values of n more tokens of text
 
 # %% ../../nbs/forest/07_context.ipynb #0d4a33d9
 def rate_of(processor)->int: # samples a second that it wants
@@ -391,12 +393,7 @@ def learn(
     alike = alike and names == tuple(extras) and not any(v.any() for v in extras.values())
     enc._plain[enc.special(text)] = (seen + 1 if alike else -10**9, names)
 
-# %% ../../nbs/forest/07_context.ipynb #6e1ec104
-def last_in(ids:list[int], found:frozenset[int])->int: # one past the last id that is in `found`; 0 if none
-    return max((i + 1 for i, t in enumerate(ids) if t in found), default=0)
-
-def longer(v:Tensor, n:int)->Tensor: return torch.cat([v, v.new_zeros(n)])   # values of n more tokens of text: 0
-
+# %% ../../nbs/forest/07_context.ipynb #cfa763c9
 @dataclass(frozen=True)
 class Context:
     "A prompt, or the beginning of one."
@@ -478,7 +475,10 @@ def compare(
     fits = told and same(head.positions, known.positions) and all(same(v, new.get(k)) for k, v in head.media.items())
     enc._alike[kind] = seen + 1 if fits else -1, known
 
-# %% ../../nbs/forest/07_context.ipynb #d85198e1
+# %% ../../nbs/forest/07_context.ipynb #6e1ec104
+def last_in(ids:list[int], found:frozenset[int])->int: # one past the last id that is in `found`; 0 if none
+    return max((i + 1 for i, t in enumerate(ids) if t in found), default=0)
+
 def prompt(
     enc:Encoder, # with what it remembers
     sample:Sample, # a conversation
