@@ -28,7 +28,7 @@ class Turn(NamedTuple):
     more:dict={} # thinking, tool calls, and what else `Message` holds beside its parts
 
 ALIASES = {'human': 'user', 'gpt': 'assistant', 'model': 'assistant', 'developer': 'system', 'observation': 'tool', 'tool_response': 'tool',
-           'function_response': 'tool', 'function': 'tool'}     # words of ShareGPT, ms-swift, Gemma and OpenAI
+           'function_response': 'tool', 'function': 'tool', 'chatgpt': 'assistant', 'bing': 'assistant', 'bard': 'assistant'}     # of ShareGPT, ms-swift, Gemma, OpenAI
 
 # %% ../../nbs/data/06_rows.ipynb #b0ef5edc
 CALLS = 'tool_call', 'function_call'                    # roles of messages that are calls
@@ -80,7 +80,7 @@ def turn(
         calls = from_json(content, (dict, list), f'{at}.{what}', 'a call {"name": ..., "arguments": {...}}, or a list of calls')
         calls = calls if isinstance(calls, list) else [calls]
         return Turn(f'{at}.{what}', role, None, loss, {'tool_calls': [call_of(c, f'{at}.{what}') for c in calls]})
-    role = ALIASES.get(role, role) if isinstance(role, str) else None
+    role = ALIASES.get(role.lower(), role.lower()) if isinstance(role, str) else None
     if role not in ROLES: raise wrong(f'{at}.{who}', shown(m.get(who)), f'one of {", ".join((*ROLES, *ALIASES, *CALLS))}')
     return Turn(f'{at}.{what}', role, content, loss, more_of(m, role, at))
 
