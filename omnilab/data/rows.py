@@ -28,7 +28,8 @@ class Turn(NamedTuple):
     more:dict={} # thinking, tool calls, and what else `Message` holds beside its parts
 
 ALIASES = {'human': 'user', 'gpt': 'assistant', 'model': 'assistant', 'developer': 'system', 'observation': 'tool', 'tool_response': 'tool',
-           'function_response': 'tool', 'function': 'tool', 'chatgpt': 'assistant', 'bing': 'assistant', 'bard': 'assistant'}     # of ShareGPT, ms-swift, Gemma, OpenAI
+           'function_response': 'tool', 'function': 'tool',
+           'chatgpt': 'assistant', 'bing': 'assistant', 'bard': 'assistant'}     # words of ShareGPT, ms-swift, Gemma and OpenAI
 
 # %% ../../nbs/data/06_rows.ipynb #b0ef5edc
 CALLS = 'tool_call', 'function_call'                    # roles of messages that are calls
