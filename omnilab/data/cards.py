@@ -193,7 +193,8 @@ def listing(
         kinds = (' '.join(c.modalities[k]) or '-' for k in ('in', 'out'))
         rows.append((c.group, c.name, f'{c.size:,}' if c.size else '?', *kinds, ' '.join(c.tasks), next(iter(c.id.values()))))
     wide = [max(len(r[i]) for r in rows) for i in range(6)] + [0]
-    return ''.join('  '.join(f'{v:<{w}}' for v, w in zip(r, wide)) + '\n' for r in rows) + f'{len(many)} cards\n'
+    line = lambda r: '  '.join(f'{v:>{w}}' if i == 2 else f'{v:<{w}}' for i, (v, w) in enumerate(zip(r, wide)))      # numbers end together
+    return ''.join(line(r).rstrip() + '\n' for r in rows) + f'{len(many)} cards\n'
 
 # %% ../../nbs/data/10_cards.ipynb #a25ae52a
 LOCAL = 'path=, a file or a folder of its rows'

@@ -29,7 +29,7 @@ class Turn(NamedTuple):
 
 ALIASES = {'human': 'user', 'gpt': 'assistant', 'model': 'assistant', 'developer': 'system', 'observation': 'tool', 'tool_response': 'tool',
            'function_response': 'tool', 'function': 'tool',
-           'chatgpt': 'assistant', 'bing': 'assistant', 'bard': 'assistant'}     # words of ShareGPT, ms-swift, Gemma and OpenAI
+           'chatgpt': 'assistant', 'bing': 'assistant', 'bard': 'assistant', 'bot': 'assistant'}     # words of ShareGPT, ms-swift, Gemma and OpenAI
 
 # %% ../../nbs/data/06_rows.ipynb #b0ef5edc
 CALLS = 'tool_call', 'function_call'                    # roles of messages that are calls
@@ -100,7 +100,7 @@ def joined(
 
 # %% ../../nbs/data/06_rows.ipynb #3c281715
 def chat(
-    items, # [{'role', 'content'}], [{'from', 'value'}] or [{'human', 'assistant'}]
+    items, # [{'role', 'content'}], [{'from', 'value'}], or [{'human', 'assistant'}] and the like
     column:str, # where they stand
 )->list[Turn]: # in order
     "The turns of a list of messages."
@@ -108,7 +108,9 @@ def chat(
     for i, m in enumerate(from_json(items, list, column, 'a list of messages')):
         at = f'{column}[{i}]'
         m = {k: v for k, v in from_json(m, dict, at, '{"role": ..., "content": ...}').items() if v is not None}
-        if set(m) == {'human', 'assistant'}: turns += [Turn(f'{at}.human', 'user', m['human']), Turn(f'{at}.assistant', 'assistant', m['assistant'])]
+        sides = {ALIASES.get(k, k): k for k in m}
+        if set(sides) == {'user', 'assistant'} and len(m) == 2:
+            turns += [Turn(f'{at}.{sides[role]}', role, m[sides[role]]) for role in ('user', 'assistant')]
         else: turns.append(turn(m, at))
     return joined(turns)
 
