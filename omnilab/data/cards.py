@@ -184,6 +184,7 @@ def cards_html(
     head = ''.join(f'<th style="text-align:left">{w}</th>' for w in ('group', 'card', 'id', 'rows', 'licence', 'tasks'))
     return f'<table><tr>{head}</tr>{"".join(f"<tr>{line(c)}</tr>" for c in many)}</table><small>{len(many)} cards</small>'
 
+# %% ../../nbs/data/10_cards.ipynb #7dc2ffb2
 def listing(
     many:Cards, # any
 )->str: # for the terminal
