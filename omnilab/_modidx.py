@@ -237,6 +237,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'omnilab.data.cards.check_card': ('data/cards.html#check_card', 'omnilab/data/cards.py'),
                                     'omnilab.data.cards.listing': ('data/cards.html#listing', 'omnilab/data/cards.py'),
                                     'omnilab.data.cards.load': ('data/cards.html#load', 'omnilab/data/cards.py'),
+                                    'omnilab.data.cards.maker': ('data/cards.html#maker', 'omnilab/data/cards.py'),
                                     'omnilab.data.cards.means': ('data/cards.html#means', 'omnilab/data/cards.py'),
                                     'omnilab.data.cards.names': ('data/cards.html#names', 'omnilab/data/cards.py'),
                                     'omnilab.data.cards.parse_card': ('data/cards.html#parse_card', 'omnilab/data/cards.py'),
