@@ -79,7 +79,7 @@ def page(
     if card is None: return '<i>no card fits</i>'
     try: shown = example(card)._repr_html_()
     except ValueError as e: shown = f'<em>{escape(str(e))}</em>'
-    return f'{card_html(card)}<h4>its row as a sample (media are stand-ins)</h4>{shown}'
+    return f'<div style="line-height:1.35">{card_html(card)}<h4>its row as a sample (media are stand-ins)</h4>{shown}</div>'
 
 # %% ../../nbs/data/12_browser.ipynb #12a2847a
 def draw_cards(
@@ -108,8 +108,8 @@ class Browser(w.VBox):
         self.task = choice('task', [(t, t) for t in TASKS], task)
         self.licence = choice('licence', [(x, x) for x in (KNOWN, *licences(cards()))], '')
         self.words = w.Text(placeholder='words', layout={'width': '220px'})
-        self.found, self.names = w.Label(), w.Select(options=[], rows=18, layout={'width': '260px'})
-        self.page = w.HTML(layout={'flex': '1', 'max_height': '420px', 'overflow': 'auto'})
+        self.found, self.names = w.Label(), w.Select(options=[], rows=24, layout={'width': '260px'})
+        self.page = w.HTML(layout={'flex': '1', 'max_height': '520px', 'overflow': 'auto'})
         super().__init__([w.HBox([self.modality, self.task, self.licence, self.words, self.found], layout={'flex_flow': 'row wrap'}),
                           w.HBox([self.names, self.page])])
         for x in (self.modality, self.task, self.licence, self.words): x.observe(self.sift, 'value')

@@ -253,7 +253,7 @@ def load(
         try: samples.append(made(found, check, c.answer, maker(c)))
         except RowError as e:
             if on_error == 'raise': raise
-            samples.problems.append(problem(found, e))
+            samples.problems.append(problem(found, e, len(samples.problems)))
     if not samples and not samples.problems: raise RowError('no rows in it; expected at least one', str(path or f'card {name}'))
     return samples
 
