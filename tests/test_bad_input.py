@@ -126,7 +126,7 @@ ROWS = {
     'a message as text': ({'messages': ['Hi']}, "messages[0]: 'Hi'; expected {\"role\""),
     'content as number': (chat(('user', 7), A), 'messages[0].content: 7; expected a text, or a list of typed parts'),
     'no content': (chat(U, ('assistant', None)), 'messages[1].content: None; expected a text'),
-    'an unknown role': (chat(('bot', 'Hi'), A), "messages[0].role: 'bot'; expected one of system, user, assistant, tool"),
+    'an unknown role': (chat(('robot', 'Hi'), A), "messages[0].role: 'robot'; expected one of system, user, assistant, tool"),
     'a role as number': (chat((1, 'Hi'), A), 'messages[0].role: 1; expected one of'),
     'an unknown sharegpt role': ({'conversations': [{'from': 'robot', 'value': 'x'}]}, "conversations[0].from: 'robot'; expected one of"),
     'an unknown key': (chat(('user', 'Hi', {'age': 7}), A), 'messages[0].age: unknown; expected role, content, loss'),

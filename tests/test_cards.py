@@ -49,7 +49,7 @@ def kinds(sample):
 
 def test_enough_of_every_group():
     many = Counter(cards.card(n).group for n in NAMES)
-    assert len(NAMES) >= 100 and set(many) == set(cards.GROUPS)
+    assert len(NAMES) >= 200 and set(many) == set(cards.GROUPS)
     assert all(many[g] >= n for g, n in AT_LEAST.items()), many
 
 

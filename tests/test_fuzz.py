@@ -161,6 +161,27 @@ def test_values_that_json_has_not(shelf, seed):
         assert isinstance(sample, Sample)
 
 
+ARRAYS = [np.zeros((2, 2)), np.zeros((2, 2, 3), np.uint8), np.uint8([1]), np.array('a.png'), np.array(['a.png'], object), np.zeros((0, 0, 3), np.uint8),
+          np.array(None)]
+SOUNDS = [{'array': a, 'sampling_rate': r, **more} for a in ([0., 1.], [[0.], [1.]], ['x'], [], [float('nan')], None, np.zeros(3, np.int16), 7)
+          for r, more in ((8000, {}), (8000, {'path': None}), (0, {}), (-1, {}), ('8000', {}), (8e3, {}), (None, {}), (True, {'more': 1}))]
+
+
+def test_media_of_bare_numbers(shelf):
+    "What 🤗 Datasets and notebooks hold in memory, in every place where a row may name a medium: a sample that can be decoded, or one line."
+    good = 0
+    for kind, values in ('image', ARRAYS + SOUNDS[:2]), ('audio', SOUNDS + ARRAYS), ('video', ARRAYS):
+        for v in values:
+            typed = {'messages': [{'role': 'user', 'content': [{'type': kind, kind: v}]}, CHAT[1]]}
+            rows_of = [{'query': f'<{kind}>What?', 'response': 'x', f'{kind}s': [v]}, {'query': f'<{kind}>What?', 'response': 'x', kind: v},
+                       {'text': 'x', f'{kind}_path': v}, typed]
+            if kind == 'image': rows_of.append({**ROWS[4], 'image': [v]})                      # a box is measured by it
+            for row in rows_of:
+                try: good += bool(decode(to_sample(row, shelf, 'memory:1')))
+                except RowError as e: one_line(e, 'memory:1 ')
+    assert good > 10
+
+
 INSERTED = [b'\0', b'\xff', b'\xef\xbb\xbf', b'"', b'{', b'\\', b'\\ud800', b'NaN', b'-', b'1e999', b'9' * 5000, b'[' * 3000]
 
 

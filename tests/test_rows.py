@@ -194,3 +194,18 @@ def test_a_pair_whose_worse_answer_has_pictures_of_its_own(root):
     for better in [Part('text', 'I cannot.')], [Part('image', str(root/'0.png')), Part('text', '<image>')]:
         s = Sample([asked, Message('assistant', better)], rejected=worse)
         assert to_sample(json.loads(json.dumps(to_row(s, root))), root) == s
+
+
+def test_boxes_in_words_train_a_published_family(root):
+    "Its template leaves boxes out, which is said; spelled, the answer's numbers are learned."
+    import families, transformers
+    from omnilab.data.samples import spell_boxes
+    from omnilab.forest.context import Encoder
+    from omnilab.forest.encode import EncodeError, encode
+    model, processor = families.qwen2_5_vl(transformers)
+    row = {'query': '<image>where is <ref-object> ?', 'response': 'here <bbox>', 'images': ['0.png'], 'objects': {'ref': ['one'], 'bbox': [[4, 2, 20, 10]]}}
+    sample, enc = to_sample(row, root, 'a.jsonl:1'), Encoder(processor, model)
+    with pytest.raises(EncodeError, match=r'a.jsonl:1 messages\[1\]: box in a message .* leaves it out'): encode(sample, enc)
+    (r,), (plain,) = encode(spell_boxes(sample, 'thousandths'), enc), encode(to_sample({**row, 'response': 'here [100, 100, 500, 500]', 'objects': None}
+                                                                                       | {'query': '<image>where is one ?'}, root), enc)
+    assert r.ids.tolist() == plain.ids.tolist() and r.target.tolist() == plain.target.tolist()

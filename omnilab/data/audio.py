@@ -21,7 +21,13 @@ class Audio:
     wave:np.ndarray # float32 [n], within -1 to 1
     rate:int # samples a second
     def __post_init__(self):
-        self.wave = np.asarray(self.wave, dtype=np.float32)
+        loud = np.asarray(self.wave).dtype.kind in 'iu'                       # samples of 16 bits, most likely: far too loud
+        try: self.wave = np.asarray(self.wave, dtype=np.float32)
+        except (TypeError, ValueError): raise MediaError('Audio: a wave that is not of numbers; expected float32 [n]') from None
+        if loud and abs(self.wave).max(initial=0) > 1: raise MediaError('Audio: a wave of whole numbers; expected floats within -1 and 1')
+        if not isinstance(self.rate, (int, np.integer)) or self.rate < 1:
+            raise MediaError(f'Audio: a rate of {str(self.rate)[:40]}; expected samples a second, a whole number')
+        self.rate = int(self.rate)
         if self.wave.ndim != 1: raise MediaError(f'Audio: a wave of shape {self.wave.shape}; expected one channel, [n]')
     @property
     def seconds(self)->float: return len(self.wave) / self.rate

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['HUBS', 'TASKS', 'FIELDS', 'GROUPS', 'NEED', 'FOLDER', 'LOCAL', 'Card', 'check_card', 'parse_card', 'to_row',
-           'sample_of', 'names', 'unknown', 'card', 'Cards', 'cards', 'card_html', 'cards_html', 'listing', 'address',
-           'raw_rows', 'means', 'load', 'read_rows', 'stream_rows', 'save']
+           'sample_of', 'names', 'unknown', 'card', 'Cards', 'cards', 'card_html', 'cards_html', 'listing', 'maker',
+           'address', 'raw_rows', 'means', 'load', 'read_rows', 'stream_rows', 'save']
 
 # %% ../../nbs/data/10_cards.ipynb #e368dc7b
 import json, re
@@ -21,8 +21,8 @@ import omnilab.data.parts      # tells where the package lies
 from .columns import check_form, fill, tag_first
 from .parts import MEDIA, TYPES, RowError, Sample
 from .rows import save_media, to_row as to_json, to_sample
-from .samples import Problem, Samples, Stream, checker, read
-from .tables import rows as rows_of, there
+from .samples import Samples, Stream, checker, made, problem, read
+from .tables import Found, rows as rows_of, there
 from .tags import shown, typed, wrong
 
 # %% ../../nbs/data/10_cards.ipynb #b63ec2eb
@@ -184,6 +184,7 @@ def cards_html(
     head = ''.join(f'<th style="text-align:left">{w}</th>' for w in ('group', 'card', 'id', 'rows', 'licence', 'tasks'))
     return f'<table><tr>{head}</tr>{"".join(f"<tr>{line(c)}</tr>" for c in many)}</table><small>{len(many)} cards</small>'
 
+# %% ../../nbs/data/10_cards.ipynb #7dc2ffb2
 def listing(
     many:Cards, # any
 )->str: # for the terminal
@@ -193,9 +194,12 @@ def listing(
         kinds = (' '.join(c.modalities[k]) or '-' for k in ('in', 'out'))
         rows.append((c.group, c.name, f'{c.size:,}' if c.size else '?', *kinds, ' '.join(c.tasks), next(iter(c.id.values()))))
     wide = [max(len(r[i]) for r in rows) for i in range(6)] + [0]
-    return ''.join('  '.join(f'{v:<{w}}' for v, w in zip(r, wide)) + '\n' for r in rows) + f'{len(many)} cards\n'
+    line = lambda r: '  '.join(f'{v:>{w}}' if i == 2 else f'{v:<{w}}' for i, (v, w) in enumerate(zip(r, wide)))      # numbers end together
+    return ''.join(line(r).rstrip() + '\n' for r in rows) + f'{len(many)} cards\n'
 
-# %% ../../nbs/data/10_cards.ipynb #a25ae52a
+# %% ../../nbs/data/10_cards.ipynb #a4b71777
+def maker(card:Card): return lambda found: sample_of(card, found.row, found.root, found.origin)       # a row where it stands -> Sample
+
 LOCAL = 'path=, a file or a folder of its rows'
 
 def address(
@@ -213,10 +217,10 @@ def raw_rows(
     split:str='', # the card's by default
     streaming:bool=False, # nothing is downloaded ahead
     path:str|Path|None=None, # a file or a folder of its rows; None: from the hub
-)->Iterator[tuple]: # (where it stands, row or RowError)
+)->Iterator[Found]:
     "The rows of a data set as they are."
     if path and (streaming or split): raise wrong('streaming' if streaming else 'split', f'given beside {path}', 'a path alone, it holds one split')
-    try: yield from ((f.origin, f.row) for f in rows_of(str(path) if path else address(card, split), streaming=streaming))
+    try: yield from rows_of(str(path) if path else address(card, split), streaming=streaming)
     except RowError as e:
         if path or e.origin == f'card {card.name}': raise
         raise RowError(f'{e.origin}: {e.message.partition("; expected")[0]}; expected a connection to the hub, or {LOCAL}', f'card {card.name}') from None
@@ -243,17 +247,13 @@ def load(
 )->Samples: # `.problems` lists what was skipped
     "Read a public data set by its card."
     if on_error not in ('raise', 'skip'): raise ValueError(f'on_error={on_error!r}; expected raise or skip')
-    if check_media not in (True, False, 'decode'): raise ValueError(f'check_media={check_media!r}; expected True, False or decode')
     c, samples, check = card(name), Samples(), checker(check_media)
-    root = Path(root) if root else (Path(path) if Path(path).is_dir() else Path(path).parent) if path else Path('.')
-    for origin, raw in islice(raw_rows(c, split, streaming, path), rows or None):
-        try:
-            if isinstance(raw, RowError): raise raw
-            s = sample_of(c, raw, root, origin)
-            samples.append(check(s) if check_media else s)
+    for found in islice(raw_rows(c, split, streaming, path), rows or None):
+        if root: found = found._replace(root=str(root))
+        try: samples.append(made(found, check, c.answer, maker(c)))
         except RowError as e:
             if on_error == 'raise': raise
-            samples.problems.append(Problem(e.origin, e.field, e.message))
+            samples.problems.append(problem(found, e, len(samples.problems)))
     if not samples and not samples.problems: raise RowError('no rows in it; expected at least one', str(path or f'card {name}'))
     return samples
 
@@ -276,7 +276,7 @@ def stream_rows(
     "Read rows, or a public data set, row by row."
     if not means(source): return Stream(source, start, shard)
     c = card(str(source))
-    return Stream(address(c), start, shard, make=lambda f: sample_of(c, f.row, f.root, f.origin))
+    return Stream(address(c), start, shard, make=maker(c))
 
 # %% ../../nbs/data/10_cards.ipynb #a084cd23
 def save(

@@ -28,7 +28,8 @@ class Turn(NamedTuple):
     more:dict={} # thinking, tool calls, and what else `Message` holds beside its parts
 
 ALIASES = {'human': 'user', 'gpt': 'assistant', 'model': 'assistant', 'developer': 'system', 'observation': 'tool', 'tool_response': 'tool',
-           'function_response': 'tool', 'function': 'tool'}     # words of ShareGPT, ms-swift, Gemma and OpenAI
+           'function_response': 'tool', 'function': 'tool',
+           'chatgpt': 'assistant', 'bing': 'assistant', 'bard': 'assistant', 'bot': 'assistant'}     # words of ShareGPT, ms-swift, Gemma and OpenAI
 
 # %% ../../nbs/data/06_rows.ipynb #b0ef5edc
 CALLS = 'tool_call', 'function_call'                    # roles of messages that are calls
@@ -80,7 +81,7 @@ def turn(
         calls = from_json(content, (dict, list), f'{at}.{what}', 'a call {"name": ..., "arguments": {...}}, or a list of calls')
         calls = calls if isinstance(calls, list) else [calls]
         return Turn(f'{at}.{what}', role, None, loss, {'tool_calls': [call_of(c, f'{at}.{what}') for c in calls]})
-    role = ALIASES.get(role, role) if isinstance(role, str) else None
+    role = ALIASES.get(role.lower(), role.lower()) if isinstance(role, str) else None
     if role not in ROLES: raise wrong(f'{at}.{who}', shown(m.get(who)), f'one of {", ".join((*ROLES, *ALIASES, *CALLS))}')
     return Turn(f'{at}.{what}', role, content, loss, more_of(m, role, at))
 
@@ -99,7 +100,7 @@ def joined(
 
 # %% ../../nbs/data/06_rows.ipynb #3c281715
 def chat(
-    items, # [{'role', 'content'}], [{'from', 'value'}] or [{'human', 'assistant'}]
+    items, # [{'role', 'content'}], [{'from', 'value'}], or [{'human', 'assistant'}] and the like
     column:str, # where they stand
 )->list[Turn]: # in order
     "The turns of a list of messages."
@@ -107,7 +108,9 @@ def chat(
     for i, m in enumerate(from_json(items, list, column, 'a list of messages')):
         at = f'{column}[{i}]'
         m = {k: v for k, v in from_json(m, dict, at, '{"role": ..., "content": ...}').items() if v is not None}
-        if set(m) == {'human', 'assistant'}: turns += [Turn(f'{at}.human', 'user', m['human']), Turn(f'{at}.assistant', 'assistant', m['assistant'])]
+        sides = {ALIASES.get(k, k): k for k in m}
+        if set(sides) == {'user', 'assistant'} and len(m) == 2:
+            turns += [Turn(f'{at}.{sides[role]}', role, m[sides[role]]) for role in ('user', 'assistant')]
         else: turns.append(turn(m, at))
     return joined(turns)
 

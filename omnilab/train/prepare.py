@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PrepareRecipe', 'Prepared', 'kind_of', 'encoded', 'look', 'histogram', 'told', 'prepare', 'draw_lengths', 'main']
 
-# %% ../../nbs/train/20_prepare.ipynb #5e238cff
+# %% ../../nbs/train/20_prepare.ipynb #8ca0a7a7
 import sys, warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
@@ -14,13 +14,14 @@ from ..data.parts import MEDIA
 from ..settings import settings
 from .recipe import Count, MediaArgs, Switch, Whole, command, opt
 
-# %% ../../nbs/train/20_prepare.ipynb #6499b1da
+# %% ../../nbs/train/20_prepare.ipynb #268970c1
 @dataclass
 class PrepareRecipe:
     "Look at a data set: its rows, their lengths for a model, what they share, and everything that is wrong with it. Status 1 if something is."
     data:str = opt('', 'rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files, a folder, hf:NAME of the hub, or a card (omnilab data list)')
     model:str = opt(settings.model.default, "whose tokens are counted: shipped checkpoint, local folder, or hub id; its weights aren't read")
     dtype:Literal['auto', 'float32', 'bfloat16', 'float16'] = opt(settings.model.dtype, 'type of its weights; auto: as they were saved')
+    new_tokens:list[str] = opt([], 'words that a run adds to the vocabulary, as its model.new_tokens: rows that hold them are shorter')
     max_length:Whole = opt(0, 'tokens of a pack; longer rows are problems; 0: any length')
     turns:Literal['all', 'last'] = opt('all', "the assistant's turns that are learned")
     system:str = opt('', 'said by the system at the beginning of every conversation that has no system message; empty: nothing')
@@ -34,13 +35,14 @@ class PrepareRecipe:
     show:Count = opt(20, 'problems that are printed')
     media:MediaArgs = field(default_factory=MediaArgs)
 
-# %% ../../nbs/train/20_prepare.ipynb #8e911650
+# %% ../../nbs/train/20_prepare.ipynb #7a42759d
 @dataclass(repr=False)
 class Prepared:
     "What a data set holds."
     name:str                # of the data set
     model:str               # whose tokens were counted
     kinds:Counter           # samples by what goes in and what comes out
+    unread:int              # rows of the data set that are no samples
     media:Counter           # media by their kind
     lengths:Any             # tokens of every row that a sample makes, array [n]
     trained:int             # of these tokens
@@ -64,7 +66,7 @@ def kind_of(
     text = f'{mix(sample.kinds("system", "user", "tool"))} → {mix(sample.kinds("assistant"))}'
     return text + ', better and worse' * bool(sample.rejected)
 
-# %% ../../nbs/train/20_prepare.ipynb #edf1a061
+# %% ../../nbs/train/20_prepare.ipynb #b1e05270
 def encoded(
     samples, # of a data set
     loaded, # processor, and model with or without weights
@@ -76,9 +78,11 @@ def encoded(
     from omnilab.forest.encode import EncodeError, encode
     from omnilab.forest.cluster import encode_on_ray
     from omnilab.forest.lengths import lengths
-    model, how = Facts.of(loaded.model), dict(turns=recipe.turns, on_error='skip', workers=recipe.workers)
+    from tqdm.auto import tqdm
+    bar = sys.stderr.isatty()
+    model, how = Facts.of(loaded.model), dict(turns=recipe.turns, on_error='skip', workers=recipe.workers, progress=bar)
     if recipe.lengths == 'sizes':
-        found = lengths(samples, loaded.processor, model, recipe.turns, 'skip')
+        found = lengths(samples, loaded.processor, model, recipe.turns, 'skip', bar)
         beside = [f'{n:,} samples encoded for {why}' for why, n in found.decoded.items()]
         beside += [f'{n:,} media in answers by their sizes, as if they had no codes in common'] if (n := found.said['codes']) else []
         return found.rows, found.problems, '; '.join(['lengths by sizes, nothing is kept', *beside])
@@ -87,12 +91,12 @@ def encoded(
         else: rows = encode_once(samples, loaded.processor, model, **how)
         return rows, rows.problems, f'{rows.misses:,} samples encoded, {rows.hits:,} read'
     enc, rows, bad = Encoder(loaded.processor, model), [], []
-    for s in samples:
+    for s in tqdm(samples, desc='encode', unit='sample', disable=not bar):
         try: rows += [replace(r, media={}) for r in encode(s, enc, which=recipe.turns)]
         except EncodeError as e: bad.append(e.problem)
     return rows, bad, ''
 
-# %% ../../nbs/train/20_prepare.ipynb #3f61818c
+# %% ../../nbs/train/20_prepare.ipynb #8b52cbfa
 def look(
     samples, # `data.samples.Samples`
     loaded, # processor, and model with or without weights
@@ -110,11 +114,11 @@ def look(
     media = Counter(p.type for s in samples for p in s.parts if p.type in MEDIA)
     trees = forest(rows, max_length=most or None)
     packs = (len(pack(trees, most, 'skip')), most) if most else ()
-    return Prepared(recipe.data, loaded.name, Counter(map(kind_of, samples)), media, np.array([len(r) for r in rows], dtype=int),
+    return Prepared(recipe.data, loaded.name, Counter(map(kind_of, samples)), len(samples.problems), media, np.array([len(r) for r in rows], dtype=int),
                     sum(int(r.target.sum()) for r in rows), [r.origin for r in rows], sum(map(len, trees)), packs,
                     Problems([*samples.problems, *bad, *long]), kept, recipe.show)
 
-# %% ../../nbs/train/20_prepare.ipynb #08388a7f
+# %% ../../nbs/train/20_prepare.ipynb #89bd9278
 def histogram(
     lengths, # array [n], n at least 1
     bars:int=8, # at most
@@ -128,13 +132,15 @@ def histogram(
     bar = lambda n: '█' * round(width * n / counts.max()) or '·' * bool(n)
     return [f'{low:>{wide},} – {high - 1:<{wide},} {bar(n):<{width}} {n:,}' for low, high, n in zip(edges, edges[1:], counts)]
 
-# %% ../../nbs/train/20_prepare.ipynb #a72a0085
+# %% ../../nbs/train/20_prepare.ipynb #2097b85b
 def told(
     p:Prepared, # what was found
 )->list[str]: # lines
     "What was found, for people."
     count = lambda c: ', '.join(f'{k} {n:,}' for k, n in c.most_common()) or 'none'
-    lines = [f'{p.name}, in tokens of {p.model}', f'samples    {sum(p.kinds.values()):,}: {count(p.kinds)}', f'media      {count(p.media)}']
+    wide, unread = max((len(f'{n:,}') for n in p.kinds.values()), default=0), f', and {p.unread:,} rows that are none (problems)' * bool(p.unread)
+    lines = [f'{p.name}, in tokens of {p.model}', f'samples    {sum(p.kinds.values()):,}{unread}',
+             *(f'           {n:>{wide},} {kind}' for kind, n in p.kinds.most_common()), f'media      {count(p.media)}']
     if n := len(p.lengths):
         import numpy as np
         low, mid, high, most = np.percentile(p.lengths, [0, 50, 95, 100], method='higher')
@@ -149,7 +155,7 @@ def told(
     lines += [f'problems   {len(p.problems):,}', *(f'           {x}' for x in p.problems[:p.show])]
     return lines + ([f'           … and {len(p.problems) - p.show:,} more (--show)'] if len(p.problems) > p.show else [])
 
-# %% ../../nbs/train/20_prepare.ipynb #5bcc662d
+# %% ../../nbs/train/20_prepare.ipynb #ec576df2
 def prepare(
     recipe:PrepareRecipe, # what to look at
 )->Prepared:
@@ -163,14 +169,16 @@ def prepare(
     from omnilab.forest.cluster import reachable               # from here on with torch: mistakes are told before
     from omnilab.models.load import described
     from omnilab.models.options import configure
+    from omnilab.models.tokens import add_tokens
     from omnilab.train.feed import with_system
     if recipe.ray: reachable(recipe.ray)
     loaded = described(recipe.model, recipe.dtype)
     loaded.processor = configure(loaded.processor, **asdict(recipe.media))
+    add_tokens(loaded, recipe.new_tokens)
     with warnings.catch_warnings(action='ignore'): samples = read_rows(recipe.data, 'skip', 'decode' if recipe.decode else True)
     return look(with_system(samples, recipe.system), loaded, recipe)
 
-# %% ../../nbs/train/20_prepare.ipynb #c9e6c3ae
+# %% ../../nbs/train/20_prepare.ipynb #f886ae5e
 def draw_lengths(
     p:Prepared, # what was found
     ax, # matplotlib axes
@@ -182,7 +190,7 @@ def draw_lengths(
     ax.set(xlabel='tokens', ylabel='rows'); ax.legend(frameon=False)
     return ax
 
-# %% ../../nbs/train/20_prepare.ipynb #b62f1968
+# %% ../../nbs/train/20_prepare.ipynb #59b8459f
 def main(
     argv:list[str]|None=None, # words of the command line; None: this program's
     name:str='omnilab prepare', # how it is called
