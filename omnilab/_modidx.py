@@ -2458,6 +2458,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'omnilab.train.recipe.from_args': ('train/recipe.html#from_args', 'omnilab/train/recipe.py'),
                                       'omnilab.train.recipe.help_text': ('train/recipe.html#help_text', 'omnilab/train/recipe.py'),
                                       'omnilab.train.recipe.number': ('train/recipe.html#number', 'omnilab/train/recipe.py'),
+                                      'omnilab.train.recipe.one_line': ('train/recipe.html#one_line', 'omnilab/train/recipe.py'),
                                       'omnilab.train.recipe.opt': ('train/recipe.html#opt', 'omnilab/train/recipe.py'),
                                       'omnilab.train.recipe.options': ('train/recipe.html#options', 'omnilab/train/recipe.py'),
                                       'omnilab.train.recipe.read_args': ('train/recipe.html#read_args', 'omnilab/train/recipe.py'),
