@@ -22,13 +22,13 @@ def mistake(*argv, **kw):
 
 def recipe_of(command):
     "The dataclass behind a command."
-    from omnilab.cli import cache_recipe, compare_recipe, data_recipe, world_recipe
+    from omnilab import programs
     from omnilab.memory.planner import MemoryRecipe
     from omnilab.train import evaluate, launch, merge, prepare, recipe
     return dict(sft=recipe.SFTRecipe, launch=launch.LaunchRecipe, eval=evaluate.EvalRecipe, infer=evaluate.InferRecipe,
                 check=evaluate.CheckRecipe, merge=merge.MergeRecipe,
-                prepare=prepare.PrepareRecipe, world=world_recipe(), data=data_recipe(), cache=cache_recipe(), memory=MemoryRecipe,
-                compare=compare_recipe())[command]
+                prepare=prepare.PrepareRecipe, world=programs.WorldRecipe, data=programs.DataRecipe, cache=programs.CacheRecipe, memory=MemoryRecipe,
+                compare=programs.CompareRecipe)[command]
 
 
 @pytest.mark.parametrize('argv', [('--help',), *((c, '--help') for c in COMMANDS), ('sft', '--print-config')], ids=' '.join)
