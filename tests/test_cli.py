@@ -22,13 +22,13 @@ def mistake(*argv, **kw):
 
 def recipe_of(command):
     "The dataclass behind a command."
-    from omnilab.cli import cache_recipe, compare_recipe, data_recipe, world_recipe
+    from omnilab import programs
     from omnilab.memory.planner import MemoryRecipe
     from omnilab.train import evaluate, launch, merge, prepare, recipe
     return dict(sft=recipe.SFTRecipe, launch=launch.LaunchRecipe, eval=evaluate.EvalRecipe, infer=evaluate.InferRecipe,
                 check=evaluate.CheckRecipe, merge=merge.MergeRecipe,
-                prepare=prepare.PrepareRecipe, world=world_recipe(), data=data_recipe(), cache=cache_recipe(), memory=MemoryRecipe,
-                compare=compare_recipe())[command]
+                prepare=prepare.PrepareRecipe, world=programs.WorldRecipe, data=programs.DataRecipe, cache=programs.CacheRecipe, memory=MemoryRecipe,
+                compare=programs.CompareRecipe)[command]
 
 
 @pytest.mark.parametrize('argv', [('--help',), *((c, '--help') for c in COMMANDS), ('sft', '--print-config')], ids=' '.join)
@@ -90,6 +90,9 @@ def test_words_without_names(command, words, wanted):
 @pytest.mark.parametrize('argv, line', [
     (['sfft'], "omnilab: 'sfft': no such command; did you mean sft?"),
     (['sft', '--train.lrr', '1'], 'omnilab sft: command line train.lrr: no such option; did you mean train.lr?'),
+    (['sft', '--learning_rate', '1e-4'], 'omnilab sft: command line learning_rate: no such option; did you mean train.lr?'),
+    (['sft', '--model', 'x'], 'omnilab sft: command line model: no such option; did you mean model.name?'),
+    (['eval', '--on_error', 'drop'], "omnilab eval: command line on_error = 'drop': expected raise or skip"),
     (['sft', '--train.lr', 'fast'], "omnilab sft: command line train.lr = 'fast': expected a number, 0 or more"),
     (['sft', '--train.lr'], 'omnilab sft: command line --train.lr: no value; expected a number, 0 or more'),
     (['sft', 'rows.jsonl'], "omnilab sft: 'rows.jsonl': expected a recipe (RECIPE.yaml), then --name value"),
@@ -124,6 +127,15 @@ def test_bad_yaml_is_one_line(text, line, tmp_path):
 
 def test_bad_settings_are_one_line():
     assert 'OMNILAB_MEDIA_PIXLES' in mistake('sft', '--help', OMNILAB_MEDIA_PIXLES='3')
+
+
+def test_stopped_by_the_keyboard_says_how_to_go_on(monkeypatch, capsys):
+    from omnilab import cli
+    def program(*_): raise KeyboardInterrupt
+    monkeypatch.setattr(cli, 'load_program', lambda c: program)
+    assert cli.run('sft', []) == cli.run('eval', []) == 130
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith('omnilab sft: stopped by the keyboard; the same command goes on') and said[1] == 'omnilab eval: stopped by the keyboard'
 
 
 def test_traceback_when_asked_for(tmp_path):

@@ -37,7 +37,8 @@ def resolve(
     path = Path(name).expanduser()
     if (path/'config.json').is_file(): return str(path), True
     if path.exists() or str(name).startswith(('.', '/', '~')) or str(name).count('/') > 1:
-        raise LoadError(f'model {str(name)!r}: expected a folder with a config.json')
+        own = next((path/n for n in ('model', 'adapter') if (path/n).is_dir()), '')                    # the folder of a run
+        raise LoadError(f'model {str(name)!r}: expected a folder with a config.json' + f'; did you mean {own}?' * bool(own))
     if '/' not in str(name):
         raise LoadError(f'model {str(name)!r}: expected one of {", ".join(packaged()) or "(none shipped)"}, a folder, or a hub id "owner/name"')
     return str(name), False
@@ -113,16 +114,19 @@ def read(
     "Read what a name leads to; no code from a checkpoint is run."
     source, local = resolve(name)
     try: return cls.from_pretrained(source, local_files_only=local, trust_remote_code=False, **options)
-    except OSError as e: raise LoadError(f'model {str(name)!r}: {" ".join(str(e).split())[:300]}') from e
+    except (OSError, ValueError) as e: raise LoadError(f'model {str(name)!r}: {cls.__name__}: {" ".join(str(e).split())[:300]}') from e
 
 # %% ../../nbs/models/04_load.ipynb #8987bc09
 def pick_device(
     name:str='auto', # auto, or a device
 )->str: # cpu, cuda:0, mps …
     "The accelerator of this process if there is one, unless a device is named."
+    here = {'cuda': torch.cuda.is_available(), 'mps': torch.backends.mps.is_available(), 'cpu': True}
+    if not here.get(name.split(':')[0], True):
+        raise LoadError(f'device {name!r}: not on this machine, or not in this torch; expected auto or {" or ".join(k for k, v in here.items() if v)}')
     if name != 'auto': return name
-    if torch.cuda.is_available(): return f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
-    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if here['cuda']: return f'cuda:{os.environ.get("LOCAL_RANK", 0)}'
+    return 'mps' if here['mps'] else 'cpu'
 
 # %% ../../nbs/models/04_load.ipynb #edafff21
 QUANTIZED = {'nf4': dict(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True), 'int8': dict(load_in_8bit=True)}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 from ..settings import settings
-from .recipe import Count, ModelArgs, Share, Size, Whole, command, opt, to_yaml
+from .recipe import Count, ModelArgs, Share, Size, Whole, command, one_line, opt, to_yaml
 
 # %% ../../nbs/train/16_evaluate.ipynb #a153cd45
 @dataclass
@@ -32,7 +32,7 @@ class EvalRecipe:
     ask:AskArgs = field(default_factory=AskArgs)
     data:str = opt('', 'rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files, a folder, hf:NAME of the hub, or a card (omnilab data list)')
     rows:Whole = opt(0, 'rows to ask, from the beginning of the file; 0: all')
-    on_error:str = opt('raise', "raise or skip: a row that can't be read or asked ends the program, or is skipped, counted and listed")
+    on_error:Literal['raise', 'skip'] = opt('raise', "a row that can't be read or asked: end the program, or skip, count and list it")
     adapter:str = opt('', 'folder of an adapter to put on the model')
     output:str = opt('', 'folder for scores.json and the recipe; empty: only printed')
 
@@ -164,7 +164,7 @@ def main_infer(
     try:
         done = infer(recipe)
         for part in done.parts: print(line_of(part, recipe.out))
-    except (ValueError, OSError) as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
+    except (ValueError, OSError) as e: print(f'{name}: {one_line(e)}', file=sys.stderr); sys.exit(2)
     return done
 
 # %% ../../nbs/train/16_evaluate.ipynb #a1dcb7ff
@@ -174,7 +174,6 @@ def read_rows(
     "The rows to ask, their judges known."
     from omnilab.data import cards
     from omnilab.metrics.tasks import judge_of, world_judges
-    if recipe.on_error not in ('raise', 'skip'): raise ValueError(f'on_error = {recipe.on_error!r}: expected raise or skip')
     if not recipe.data: raise ValueError('no rows to ask; expected --data FILE')
     samples = cards.read_rows(recipe.data, recipe.on_error, answer=False)
     samples = samples[:recipe.rows] if recipe.rows else samples
@@ -219,7 +218,7 @@ def main(
         print(scores)
         for p in scores.recipe['skipped']: print(f'skipped: {p}')
         if recipe.output: print(f'written: {keep(scores, recipe)}')
-    except (ValueError, OSError) as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
+    except (ValueError, OSError) as e: print(f'{name}: {one_line(e)}', file=sys.stderr); sys.exit(2)
     return scores
 
 # %% ../../nbs/train/16_evaluate.ipynb #f1c3f733
@@ -246,7 +245,7 @@ def main_check(
         m = open_checked(recipe)
         from omnilab.train.check import check
         report = check(m.model, m.processor, m.name)
-    except (ValueError, OSError) as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
+    except (ValueError, OSError) as e: print(f'{name}: {one_line(e)}', file=sys.stderr); sys.exit(2)
     print(report)
     if not report.ok: sys.exit(1)
     return report

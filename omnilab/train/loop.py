@@ -56,6 +56,7 @@ def accelerator(
     from omnilab.train.zero import kind
     kw = [DistributedDataParallelKwargs()]
     acc = kind(device)(mixed_precision=precision, cpu=device == 'cpu', kwargs_handlers=kw, step_scheduler_with_optimizer=False)
+    if device not in ('auto', acc.device.type): raise ValueError(f'train.device = {device!r}: not here; expected auto or {acc.device.type}')
     started = int(os.environ.get('WORLD_SIZE', 1))
     if started > acc.num_processes: raise ValueError(f'{started} processes, and each believes that it is alone: no GPU here; expected omnilab launch cpus')
     return acc

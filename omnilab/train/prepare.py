@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 from ..data.parts import MEDIA
 from ..settings import settings
-from .recipe import Count, MediaArgs, Switch, Whole, command, opt
+from .recipe import Count, MediaArgs, Switch, Whole, command, one_line, opt
 
 # %% ../../nbs/train/20_prepare.ipynb #268970c1
 @dataclass
@@ -198,7 +198,7 @@ def main(
     "Look at a data set as the command line says; status 1 if something is wrong with it, 2 for mistakes."
     recipe = command(PrepareRecipe, argv, name)
     try: found = prepare(recipe)
-    except (ValueError, OSError) as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
+    except (ValueError, OSError) as e: print(f'{name}: {one_line(e)}', file=sys.stderr); sys.exit(2)
     print(found)
     if not found.ok: sys.exit(1)
     return found

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 from .allowed import APART, check, own_options
 from .feed import describe_packs, feed, files, fingerprint, glance, plan_packs, read_files, read_packs, told_of, with_system
-from .recipe import FREE, RecipeError, SFTRecipe, command, to_yaml
+from .recipe import FREE, RecipeError, SFTRecipe, command, one_line, to_yaml
 from ..variant import ACTIVE, varied
 
 # %% ../../nbs/train/15_sft.ipynb #e9ee1f3d
@@ -319,7 +319,9 @@ class Result:
 
     @property
     def model(self): return self.run.model
-    def __repr__(self): return f'{self.folder}: {self.run.step} steps, loss {self.run.metrics.get("loss", float("nan")):.3f}; {self.report}'
+    def __repr__(self):
+        loss = f', loss {self.run.metrics["loss"]:.3f}' if 'loss' in self.run.metrics else ' were there already'        # resumed where it had ended
+        return f'{self.folder}: {self.run.step} steps{loss}; {self.report}'
 
 # %% ../../nbs/train/15_sft.ipynb #e06f1a7e
 def prove(
@@ -480,7 +482,7 @@ def main(
         if recipe.dry_run: print(dry_run(recipe)); return None
         result = run(recipe)
     except (ValueError, OSError, FloatingPointError) as e:
-        print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
+        print(f'{name}: {one_line(e)}', file=sys.stderr); sys.exit(2)
     result.run.accelerator.print(result)
     return result
 
