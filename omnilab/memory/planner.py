@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 from ..settings import settings
 from ..train.allowed import check
+from ..train.feed import plan_packs, read_files
 from ..train.launch import refuse
+from ..train.model import load_model
 from ..train.recipe import Count, RecipeError, SFTRecipe, command, opt
-from ..train.sft import load_model, plan_packs, read_files
 from ..variant import varied
 
 # %% ../../nbs/memory/01_planner.ipynb #38ef4dee
@@ -50,7 +51,7 @@ def described(
     import omnilab.forest.attention     # registers it
     from dataclasses import asdict
     from transformers import AutoConfig, AutoProcessor
-    from omnilab.memory.trace import hollow
+    from omnilab.memory.ghosts import hollow
     from omnilab.models.load import Loaded, answering, read
     from omnilab.models.options import configure
     from omnilab.models.tokens import add_tokens
