@@ -284,10 +284,11 @@ def plan(
     packs=None, # what would be learned from; None: the recipe's rows
 )->Foreseen: # before it is
     "Memory of a recipe."
-    card, r = card_bytes(recipe.card) if recipe.card else 0, check(recipe, rows=packs is None)
+    card, r = card_bytes(recipe.card) if recipe.card else 0, recipe
+    if r.data.towers: raise RecipeError('data.towers: towers are not run before the run; expected false, which holds more')
+    check(r, rows=packs is None)
     if r.data.streaming or r.data.mixture:
         raise RecipeError('data.streaming or data.mixture: the longest pack is not known; expected data.train, the file with the longest rows')
-    if r.data.towers: raise RecipeError('data.towers: towers are not run before the run; expected false, which holds more')
     if r.measure and r.ranks > 1: raise RecipeError(f'measure with ranks = {r.ranks}: one process is measured; expected ranks 1')
     if r.ranks > 1 and r.shared != 'ddp': refuse('FSDP' if r.shared == 'fsdp2' else 'DEEPSPEED', r)
     here = loaded or described(r)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-from .allowed import check
+from .allowed import check, check_test
 from .assemble import assemble, moved_by, prepare_run
 from .dry import dry_run, prove
 from .feed import describe_packs, files, fingerprint, glance, plan_packs, read_files, read_packs, told_of, with_system
@@ -156,7 +156,7 @@ def run(
     from omnilab.train.loop import train
     rows = read_files(recipe) if packs is None and not recipe.data.streaming else {}
     if test is None: test = read_rows(recipe.data.test, recipe.data.on_error) if recipe.data.test else []
-    if recipe.train.patience and not test: raise RecipeError('train.patience: nothing is evaluated; expected rows in data.test')
+    check_test(recipe, test)
     test, loaded = with_system(test, recipe.data.system), loaded or load_model(recipe)
     if rows: packs = plan_packs(rows, loaded, recipe, readied)
     if recipe.check: prove(loaded, packs)
