@@ -2237,6 +2237,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'omnilab/train/checkpoint.py'),
                                           'omnilab.train.checkpoint.differences': ( 'train/checkpoint.html#differences',
                                                                                     'omnilab/train/checkpoint.py'),
+                                          'omnilab.train.checkpoint.divide_again': ( 'train/checkpoint.html#divide_again',
+                                                                                     'omnilab/train/checkpoint.py'),
                                           'omnilab.train.checkpoint.divided': ( 'train/checkpoint.html#divided',
                                                                                 'omnilab/train/checkpoint.py'),
                                           'omnilab.train.checkpoint.divided_state': ( 'train/checkpoint.html#divided_state',

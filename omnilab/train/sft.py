@@ -15,6 +15,7 @@ from .allowed import check, check_test
 from .assemble import assemble, moved_by, prepare_run
 from .dry import dry_run, prove
 from .feed import describe_packs, files, fingerprint, glance, plan_packs, read_files, read_packs, told_of, with_system
+from .launch import sharded
 from .model import load_model, save_model, trainable, whole_model
 from .ready import readied, towered
 from .recipe import FREE, RecipeError, SFTRecipe, command, to_yaml
@@ -53,6 +54,7 @@ def measures(
     packs, # what is learned from; None: a stream
     test:list, # held-out samples
     test_packs, # the same, packed
+    whole:bool=True, # a process has all weights, and can answer
 )->list: # callbacks
     "What is measured beside the loss: projectors, modalities, held-out rows by loss and by their answers."
     from omnilab.objectives.sft import sft_objective
@@ -62,8 +64,9 @@ def measures(
     often, of = max(1, t.eval_every or 20), on_average if t.ema and t.ema_for != 'model' else lambda f: f
     out = [TokenDiversity(often)] + [ModalityGap(watched, often)] * (watched is not None)
     if not test: return out
+    out.append(Evaluate(of(held_out(test_packs, sft_objective(processor))), t.eval_every, 'test'))
     asked = answers(choose(test, d.eval_rows), processor, Path(recipe.output), d.max_new_tokens)
-    return out + [Evaluate(of(held_out(test_packs, sft_objective(processor))), t.eval_every, 'test'), Evaluate(of(asked), t.eval_every, 'answers')]
+    return out + [Evaluate(of(asked), t.eval_every, 'answers')] * whole
 
 # %% ../../nbs/train/15_sft.ipynb #e40a21ac
 def identity(recipe:SFTRecipe, packs)->dict: # what makes a run this run
@@ -107,6 +110,8 @@ def begin(
         if packs is not None: (folder/'packs.json').write_text(json.dumps(describe_packs(packs), ensure_ascii=False))
     told, said = told_of(packs), not recipe.data.system and own_system(Encoder(loaded.processor, loaded.model))
     if said: told.append(f'the chat template says {said!r} where a conversation has no system message (data.system says another)')
+    if recipe.data.test and sharded(job.accelerator.distributed_type):
+        told.append('data.test: weights are divided, so held-out rows are scored by loss alone; omnilab eval asks the saved model')
     for line in told: job.accelerator.print(line, file=sys.stderr)
 
 # %% ../../nbs/train/15_sft.ipynb #1d169a4d
@@ -163,7 +168,7 @@ def run(
     test_packs = read_packs(test, loaded, recipe, readied) if test else []
     job, folder = prepare_run(recipe, loaded, packs), Path(recipe.output)
     begin(job, recipe, packs, loaded)
-    watched = measures(recipe, loaded.processor, packs, test, test_packs)
+    watched = measures(recipe, loaded.processor, packs, test, test_packs, not sharded(job.accelerator.distributed_type))
     train(job, [*moved_by(recipe), *watched, *callbacks, *writes(recipe, packs)])
     finish(job, recipe, loaded.processor)
     return Result(folder, job, loaded.processor, packs, folder/'report.html')
