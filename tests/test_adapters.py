@@ -196,7 +196,7 @@ def test_prompts(base, tmp_path, capfd, kind):
     (['prompt'], 'expected data.packing: false and data.merge: false'),
     (['prefix', '--data.packing', 'false', '--data.merge', 'false', '--train.checkpointing'], 'layers that are computed again forget it'),
     (['lorra'], 'expected none, lora, rslora'),
-    (['lisa', '--adapter.r', '4'], 'adapter.r = 4: lisa has none'),
+    (['lisa', '--adapter.r', '4'], "adapter.r = 4: kind 'lisa' has no such setting"),
     (['pro', '--model.quantize', 'nf4'], 'quantised weights cannot move'),
 ])
 def test_one_line(base, tmp_path, capsys, words, said):

@@ -35,6 +35,7 @@ def recipe(folder, name, kind, **train):
     r.model.dtype, r.data.train, r.data.cache = 'float32', str(folder/'rows'/'train.jsonl'), False
     for k, v in (dict(device='cpu', max_length=192, packs=3, steps=4, lr=.01, tracker='none', save_every=2, ema=.5) | train).items(): setattr(r.train, k, v)
     r.adapter.kind = 'none' if kind in SMALL else kind
+    if kind not in SMALL: r.data.test, r.data.eval_rows, r.data.max_new_tokens, r.train.eval_every = r.data.train, 1, 2, 2
     if kind in SMALL: r.train.optimizer, r.train.lr, r.galore.rank, r.galore.every = kind, 1e-3, 4, 2
     return r
 
@@ -88,17 +89,23 @@ def test_accelerate_itself_starts():
 def weights(folder, name): return load_file(folder/name/'model'/'model.safetensors')
 
 
-def same_steps(folder, one, many, tolerance=2e-4):
+def metrics(folder, name):
     from omnilab.train.callbacks import read_metrics
-    one, many = ([m for m in read_metrics(folder/x/'metrics.jsonl') if m['step']] for x in (one, many))
+    return read_metrics(folder/name/'metrics.jsonl')
+
+
+def same_steps(folder, one, many, tolerance=2e-4):
+    one, many = ([m for m in metrics(folder, x) if m['step']] for x in (one, many))
     assert [m['step'] for m in one] == [m['step'] for m in many] == [1, 2, 3, 4]
     for a, b in zip(one, many):
-        assert a['packs'] == b['packs'] and all(abs(a[k] - b[k]) < tolerance * (1 + abs(a[k])) for k in ('loss', 'grad_norm')), (a, b)
+        told = ['loss', 'grad_norm', *(k for k in a if k.startswith('test/'))]
+        assert a['packs'] == b['packs'] and all(abs(a[k] - b[k]) < tolerance * (1 + abs(a[k])) for k in told), (a, b)
 
 
 @pytest.mark.parametrize('machine, kind', [('cpus', 'lora'), ('fsdp2', 'lora'), ('fsdp2', 'none')])
 def test_as_one_process(folder, machine, kind):
     same_steps(folder, f'cpu-{kind}', f'{machine}-{kind}')
+    if machine == 'fsdp2': assert 'test/loss' in metrics(folder, f'fsdp2-{kind}')[-1] and not (folder/f'fsdp2-{kind}'/'answers').exists()
     a, b = (weights(folder, f'{x}-{kind}') for x in ('cpu', machine))
     assert a.keys() == b.keys()
     for n in a: torch.testing.assert_close(b[n], a[n], atol=1e-3, rtol=1e-3, msg=n)

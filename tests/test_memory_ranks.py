@@ -37,7 +37,8 @@ def held(kind):
     from omnilab.forest.loader import Loader
     from omnilab.memory.trace import measured
     from omnilab.train import loop
-    from omnilab.train.sft import assemble, trainable
+    from omnilab.train.assemble import assemble
+    from omnilab.train.model import trainable
     r = recipe(kind)
     acc = loop.accelerator('no', 'cpu')
     run = assemble(trainable(model(), r), r, acc, None, data=Loader(packs(), shuffle=False, ahead=0), schedule=lambda step: 1., steps=9, packs=2)

@@ -257,7 +257,10 @@ def test_refusals_of_recipes(world, tmp_path):
 def test_packs_of_towers_that_move_are_refused(world, tmp_path):
     "Packs that were made in a run of frozen towers, given to one that trains them."
     from omnilab.train.recipe import RecipeError
-    from omnilab.train.sft import load_model, plan_packs, prepare_run, read_files, towered
+    from omnilab.train.assemble import prepare_run
+    from omnilab.train.feed import plan_packs, read_files
+    from omnilab.train.model import load_model
+    from omnilab.train.ready import towered
     frozen = recipe(world, tmp_path, '--adapter.targets', 'language', '--data.towers')
     loaded = load_model(frozen)
     packs = plan_packs(read_files(frozen), loaded, frozen, towered)

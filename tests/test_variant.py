@@ -77,7 +77,7 @@ def test_another_cell_is_another_run(runs):
 @pytest.mark.slow
 def test_processes_that_encode_have_it_too(folder):
     from omnilab.train.feed import read_files, plan_packs
-    from omnilab.train.sft import load_model
+    from omnilab.train.model import load_model
     text = pieces(source_of('omnilab.forest.encode'))['encode']
     first = next(l for l in text.splitlines() if l.startswith('    "'))
     broken = variant('broken', text.replace(first, f'{first}\n    raise EncodeError(sample, "from the variant")'), 'omnilab.forest.encode')

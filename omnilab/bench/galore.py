@@ -25,7 +25,7 @@ from ..models.load import load
 from ..train.loop import train
 from ..train.recipe import AdapterArgs, Count, GaLoreArgs, ModelArgs, SFTRecipe, TrainArgs, command, opt
 from ..train.feed import read_packs
-from ..train.sft import prepare_run
+from ..train.assemble import prepare_run
 from ..tune.galore import GaLore, exact, state_bytes, subspace, theory
 
 # %% ../../nbs/bench/10_galore.ipynb #efc62ca1

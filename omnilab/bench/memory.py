@@ -25,7 +25,7 @@ from ..forest.tree import Row, forest
 from ..memory.trace import job, measured, trace
 from ..models.load import load
 from ..train.recipe import Entry, SFTRecipe, build, command, opt
-from ..train.sft import trainable
+from ..train.model import trainable
 from ..train.spare import lighten
 
 # %% ../../nbs/bench/11_memory.ipynb #bd19cf65

@@ -23,7 +23,7 @@ from ..models.load import load
 from ..train.feed import read_packs
 from ..train.loop import train
 from ..train.recipe import AdapterArgs, Count, ModelArgs, SFTRecipe, TrainArgs, command, opt
-from ..train.sft import prepare_run
+from ..train.assemble import prepare_run
 
 # %% ../../nbs/bench/06_sft_text.ipynb #4830f644
 MARKS = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<unk>', 'user', 'assistant']

@@ -22,7 +22,7 @@ from ..models.load import load
 from ..train.feed import read_packs
 from ..train.loop import train
 from ..train.recipe import AdapterArgs, Count, ModelArgs, SFTRecipe, TrainArgs, command, opt
-from ..train.sft import prepare_run
+from ..train.assemble import prepare_run
 
 # %% ../../nbs/bench/07_sft_vl.ipynb #10277b3a
 def ours(

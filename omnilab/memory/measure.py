@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
-from .trace import Ledger, Trace, Watched, follow, job
+from .ghosts import Watched
+from .trace import Ledger, Trace, follow, job
 from ..models.load import pick_device
 from ..train.loop import Run, one_step
+from ..train.model import trainable
 from ..train.recipe import SFTRecipe
-from ..train.sft import trainable
 from ..train.spare import lighten
 
 # %% ../../nbs/memory/02_measure.ipynb #45234f64
@@ -76,7 +77,7 @@ def laid(
 
 # %% ../../nbs/memory/02_measure.ipynb #1dd523d0
 def watch(
-    run:Run, # ready for a step, as `memory.trace.job` or `train.sft.prepare_run` makes it
+    run:Run, # ready for a step, as `memory.trace.job` or `train.assemble.prepare_run` makes it
 )->Trace: # bytes by kind, and `held`, which the allocator tells
     "Make two steps, and write down what the second held."
     one_step(run)

@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 from ..settings import settings
 from ..train.allowed import check
+from ..train.feed import plan_packs, read_files
 from ..train.launch import refuse
+from ..train.model import load_model
 from ..train.recipe import Count, RecipeError, SFTRecipe, command, opt
-from ..train.sft import load_model, plan_packs, read_files
 from ..variant import varied
 
 # %% ../../nbs/memory/01_planner.ipynb #38ef4dee
@@ -50,7 +51,7 @@ def described(
     import omnilab.forest.attention     # registers it
     from dataclasses import asdict
     from transformers import AutoConfig, AutoProcessor
-    from omnilab.memory.trace import hollow
+    from omnilab.memory.ghosts import hollow
     from omnilab.models.load import Loaded, answering, read
     from omnilab.models.options import configure
     from omnilab.models.tokens import add_tokens
@@ -283,10 +284,11 @@ def plan(
     packs=None, # what would be learned from; None: the recipe's rows
 )->Foreseen: # before it is
     "Memory of a recipe."
-    card, r = card_bytes(recipe.card) if recipe.card else 0, check(recipe, rows=packs is None)
+    card, r = card_bytes(recipe.card) if recipe.card else 0, recipe
+    if r.data.towers: raise RecipeError('data.towers: towers are not run before the run; expected false, which holds more')
+    check(r, rows=packs is None)
     if r.data.streaming or r.data.mixture:
         raise RecipeError('data.streaming or data.mixture: the longest pack is not known; expected data.train, the file with the longest rows')
-    if r.data.towers: raise RecipeError('data.towers: towers are not run before the run; expected false, which holds more')
     if r.measure and r.ranks > 1: raise RecipeError(f'measure with ranks = {r.ranks}: one process is measured; expected ranks 1')
     if r.ranks > 1 and r.shared != 'ddp': refuse('FSDP' if r.shared == 'fsdp2' else 'DEEPSPEED', r)
     here = loaded or described(r)

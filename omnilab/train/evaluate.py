@@ -7,7 +7,7 @@ __all__ = ['SUFFIX', 'AskArgs', 'EvalRecipe', 'InferRecipe', 'CheckRecipe', 'res
            'question', 'free_name', 'line_of', 'infer', 'main_infer', 'read_rows', 'score', 'keep', 'main',
            'open_checked', 'main_check']
 
-# %% ../../nbs/train/16_evaluate.ipynb #12fc1f52
+# %% ../../nbs/train/16_evaluate.ipynb #29af4ec2
 import json, sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Literal
 from ..settings import settings
 from .recipe import Count, ModelArgs, Share, Size, Whole, command, one_line, opt, to_yaml
 
-# %% ../../nbs/train/16_evaluate.ipynb #a153cd45
+# %% ../../nbs/train/16_evaluate.ipynb #63854d54
 @dataclass
 class AskArgs:
     "How answers are generated."
@@ -36,7 +36,7 @@ class EvalRecipe:
     adapter:str = opt('', 'folder of an adapter to put on the model')
     output:str = opt('', 'folder for scores.json and the recipe; empty: only printed')
 
-# %% ../../nbs/train/16_evaluate.ipynb #6747e113
+# %% ../../nbs/train/16_evaluate.ipynb #b48be826
 @dataclass
 class InferRecipe:
     "Put one question to a model: text, images, sounds and clips in; text, boxes, images and sounds out."
@@ -59,7 +59,7 @@ class CheckRecipe:
     adapter:str = opt('', 'folder of an adapter to put on the model, with --weights')
     device:Literal['auto', 'cpu', 'cuda', 'mps'] = opt(settings.train.device, 'auto: an accelerator if there is one')
 
-# %% ../../nbs/train/16_evaluate.ipynb #76956cd3
+# %% ../../nbs/train/16_evaluate.ipynb #82cf2c39
 def resolve_adapter(
     name:str, # of a model, or the folder of an adapter
     adapter:str='', # folder of an adapter
@@ -71,7 +71,7 @@ def resolve_adapter(
     if not base: raise ValueError(f'{file}: it names no model; expected the model with --model.name and the adapter with --adapter')
     return base, name
 
-# %% ../../nbs/train/16_evaluate.ipynb #82665fa2
+# %% ../../nbs/train/16_evaluate.ipynb #73ed0ab2
 def own_processor(
     processor, # of a model
     adapter:str, # folder of an adapter on it
@@ -80,7 +80,7 @@ def own_processor(
     own = any((Path(adapter)/f'{x}_config.json').is_file() for x in ('processor', 'tokenizer'))
     return type(processor).from_pretrained(adapter) if own else processor
 
-# %% ../../nbs/train/16_evaluate.ipynb #a7d8ce96
+# %% ../../nbs/train/16_evaluate.ipynb #a4ef9d0c
 def open_model(
     args:ModelArgs, # name, type of the weights, attention
     adapter:str='', # folder of an adapter
@@ -102,7 +102,7 @@ def open_model(
     guard(m.model)
     return m
 
-# %% ../../nbs/train/16_evaluate.ipynb #d2626014
+# %% ../../nbs/train/16_evaluate.ipynb #665d3ae8
 def question(
     recipe:InferRecipe, # what is asked
 )->list: # of `Message`
@@ -115,7 +115,7 @@ def question(
     if not parts: raise ValueError('nothing is asked; expected --text, --image, --audio or --video')
     return [Message('system', recipe.system)] * bool(recipe.system) + [Message('user', parts)]
 
-# %% ../../nbs/train/16_evaluate.ipynb #3f708460
+# %% ../../nbs/train/16_evaluate.ipynb #e6e7faa9
 SUFFIX = {'image': '.png', 'audio': '.wav', 'video': '.mp4'}
 
 def free_name(
@@ -143,7 +143,7 @@ def line_of(
     {'image': save_image, 'audio': save_audio, 'video': save_video}[part.type](part.value, path)
     return f'{part.type} {path}'
 
-# %% ../../nbs/train/16_evaluate.ipynb #469c4efc
+# %% ../../nbs/train/16_evaluate.ipynb #95f02c15
 def infer(
     recipe:InferRecipe, # the model, the question, how to answer
 ): # Completion
@@ -167,7 +167,7 @@ def main_infer(
     except (ValueError, OSError) as e: print(f'{name}: {one_line(e)}', file=sys.stderr); sys.exit(2)
     return done
 
-# %% ../../nbs/train/16_evaluate.ipynb #a1dcb7ff
+# %% ../../nbs/train/16_evaluate.ipynb #a8d8a3ce
 def read_rows(
     recipe:EvalRecipe, # the file or card, and what to do with bad rows
 ): # Samples
@@ -180,7 +180,7 @@ def read_rows(
     for s in samples: judge_of(s, world_judges())
     return samples
 
-# %% ../../nbs/train/16_evaluate.ipynb #1a7e32b1
+# %% ../../nbs/train/16_evaluate.ipynb #3affac7d
 def score(
     recipe:EvalRecipe, # the model, the rows, how to ask
     progress:bool=True, # show a bar
@@ -195,7 +195,7 @@ def score(
     scores.recipe |= dict(model=m.name, data=recipe.data, skipped=[str(p) for p in samples.problems])
     return scores
 
-# %% ../../nbs/train/16_evaluate.ipynb #ede31f62
+# %% ../../nbs/train/16_evaluate.ipynb #c24eb4a6
 def keep(
     scores, # of a finished evaluation
     recipe:EvalRecipe, # what made it
@@ -221,7 +221,7 @@ def main(
     except (ValueError, OSError) as e: print(f'{name}: {one_line(e)}', file=sys.stderr); sys.exit(2)
     return scores
 
-# %% ../../nbs/train/16_evaluate.ipynb #f1c3f733
+# %% ../../nbs/train/16_evaluate.ipynb #9cc142fb
 def open_checked(
     recipe:CheckRecipe, # what is asked
 ): # Loaded: a twin, or the model itself
@@ -250,5 +250,5 @@ def main_check(
     if not report.ok: sys.exit(1)
     return report
 
-# %% ../../nbs/train/16_evaluate.ipynb #a8ec58d9
+# %% ../../nbs/train/16_evaluate.ipynb #52922352
 if __name__ == '__main__' and '__file__' in globals(): main()

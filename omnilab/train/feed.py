@@ -6,21 +6,21 @@
 __all__ = ['files', 'add_system', 'with_system', 'read_files', 'encoded', 'read_packs', 'plan_packs', 'reader', 'fingerprint',
            'glance', 'describe_packs', 'told_of', 'feed', 'company']
 
-# %% ../../nbs/train/13_feed.ipynb #c6d6b38d
+# %% ../../nbs/train/13_feed.ipynb #602fe96e
 import dataclasses, hashlib, os, sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from .recipe import RecipeError, SFTRecipe
 
-# %% ../../nbs/train/13_feed.ipynb #e45121a7
+# %% ../../nbs/train/13_feed.ipynb #33453bd5
 def files(
     recipe:SFTRecipe, # its `data.train`, or `data.mixture`
 )->dict[str, str]: # name -> file of rows; one file alone has no name
     "What is learned from."
     return {Path(p).stem: p for p in recipe.data.mixture} if recipe.data.mixture else {'': recipe.data.train}
 
-# %% ../../nbs/train/13_feed.ipynb #79dff56d
+# %% ../../nbs/train/13_feed.ipynb #cd316645
 def add_system(
     sample, # a conversation, or a document
     text:str, # what a system message says; '': nothing
@@ -38,7 +38,7 @@ def with_system(
     from omnilab.data.samples import Samples
     return Samples((add_system(s, text) for s in samples), getattr(samples, 'problems', ())) if text else samples
 
-# %% ../../nbs/train/13_feed.ipynb #36276f3c
+# %% ../../nbs/train/13_feed.ipynb #44e2642b
 def read_files(
     recipe:SFTRecipe, # its `data`
 )->dict: # name -> samples
@@ -46,7 +46,7 @@ def read_files(
     from omnilab.data.cards import read_rows
     return {n: with_system(read_rows(p, recipe.data.on_error), recipe.data.system) for n, p in files(recipe).items()}
 
-# %% ../../nbs/train/13_feed.ipynb #c6ef0ce3
+# %% ../../nbs/train/13_feed.ipynb #abb6f0dc
 def encoded(
     samples:Iterable, # of `Sample`
     loaded, # model and processor
@@ -62,7 +62,7 @@ def encoded(
     rows = encode_once(samples, loaded.processor, loaded.model, turns=d.turns, on_error=d.on_error, workers=d.workers, full=d.full)
     return rows, rows.problems
 
-# %% ../../nbs/train/13_feed.ipynb #1ca37872
+# %% ../../nbs/train/13_feed.ipynb #92b2dfa2
 def read_packs(
     samples:Iterable, # of `Sample`
     loaded, # model and processor
@@ -82,7 +82,7 @@ def read_packs(
     packs.problems[:0] = [*getattr(samples, 'problems', ()), *problems]
     return packs
 
-# %% ../../nbs/train/13_feed.ipynb #f2a4de13
+# %% ../../nbs/train/13_feed.ipynb #f24c14d3
 def plan_packs(
     rows:dict, # name -> samples
     loaded, # model and processor
@@ -94,7 +94,7 @@ def plan_packs(
     parts = {n: read_packs(samples, loaded, recipe, *through) for n, samples in rows.items()}
     return Mixture(parts, {n: recipe.data.mixture[p] for n, p in files(recipe).items()}) if recipe.data.mixture else parts['']
 
-# %% ../../nbs/train/13_feed.ipynb #10f02002
+# %% ../../nbs/train/13_feed.ipynb #a7ca4d31
 def reader(
     loaded, # model and processor
     recipe:SFTRecipe, # its `data` and `train.max_length`
@@ -121,7 +121,7 @@ def reader(
         return out
     return trees
 
-# %% ../../nbs/train/13_feed.ipynb #d373dcd6
+# %% ../../nbs/train/13_feed.ipynb #b8af8b07
 def fingerprint(
     packs:Iterable, # of a dataset
 )->str: # 16 hex digits
@@ -140,7 +140,7 @@ def glance(path:str)->str: # a stream isn't read through
     if not Path(path).is_file(): return path
     with open(path, 'rb') as f: return hashlib.sha256(f.read(1_000_000) + str(Path(path).stat().st_size).encode()).hexdigest()[:16]
 
-# %% ../../nbs/train/13_feed.ipynb #03c12f24
+# %% ../../nbs/train/13_feed.ipynb #6c87e7cf
 def describe_packs(
     packs, # forest.bins.Packs
 )->dict: # for packs.json
@@ -152,7 +152,7 @@ def describe_packs(
 def told_of(packs)->list[str]: # what was left out or changed; of a stream it is told as it comes
     return [] if packs is None else [*(f'left out: {p}' for p in packs.problems), *(f'changed: {p}' for p in packs.notices)]
 
-# %% ../../nbs/train/13_feed.ipynb #aa939f89
+# %% ../../nbs/train/13_feed.ipynb #270fdd10
 def feed(
     recipe:SFTRecipe, # what to do
     loaded, # model and processor
@@ -171,10 +171,11 @@ def feed(
     sources = {n: Runs(partial(stream_rows, p), runs) for n, p in told.items()}
     return Stream(sources, reader(loaded, recipe, tell), t.max_length, t.packs, weights, d.window, **here)
 
-# %% ../../nbs/train/13_feed.ipynb #a1416e74
+# %% ../../nbs/train/13_feed.ipynb #03f9d200
 def company(
     loaded, # model and processor
     packs, # what to learn from; None: a stream
+    ready:Callable=lambda row: row, # what is done to rows: nothing, or forest.towers.Towers
 )->tuple[Callable, Iterable]: # pack -> completed pack; packs unlike each other, completed
     "What keeps processes together, and what to try it on."
     from omnilab.data.samples import Message, Sample
@@ -184,6 +185,6 @@ def company(
     from omnilab.forest.encode import encode
     from omnilab.forest.tree import forest
     enc = Encoder(loaded.processor, loaded.model)
-    whole = partial(complete, dummies=dummies(packs, enc))
+    whole = partial(complete, dummies=dummies(packs, enc, ready))
     if packs is not None: return whole, (whole(h.load()) for h in {frozenset(h.media): h for h in handles(packs)}.values())
     return whole, (whole(collate(forest(encode(s, enc)))) for s in [Sample([Message('user', 'a'), Message('assistant', 'a')])])

@@ -59,17 +59,17 @@ def refuse(
     wrong = {'galore.int8: gradients of bytes are not averaged; expected one process': g.int8,
              'galore.per_layer: matrices move in the backward pass, where processes still exchange gradients; expected one process': g.per_layer}
     if sharded(kind): wrong |= {
-        'data.test: answers cannot be generated from divided weights; expected none here, and omnilab eval afterwards': recipe.data.test,
         "train.optimizer = 'muon': it sees whole matrices; expected adamw, galore, qgalore or apollo": name == 'FSDP' and t.optimizer == 'muon',
-        f'adapter.kind = {adapter}: expected another': adapter in ('lisa', 'prompt', 'p-tuning', 'prefix'),
+        f'adapter.kind = {adapter!r}: works on whole weights; expected lora, none or another': adapter in ('lisa', 'prompt', 'p-tuning', 'prefix'),
         'model.new_tokens: rows of divided tables are not trained alone; expected none': recipe.model.new_tokens,
         'model.quantize: quantised weights cannot be divided; expected none': recipe.model.quantize != 'none',
-        'train.compile: expected false': t.compile}
+        'train.compile: layers are compiled whole; expected false': t.compile}
     if name == 'DEEPSPEED': wrong |= {
-        f'train.optimizer = {t.optimizer!r}: expected adamw': t.optimizer != 'adamw',
+        'data.test: held-out rows are not scored there yet; expected none, and omnilab eval afterwards': recipe.data.test,
+        f'train.optimizer = {t.optimizer!r}: moments are kept in flat rows, not in matrices; expected adamw': t.optimizer != 'adamw',
         'train.ema: an average of weights that are elsewhere; expected 0': t.ema,
-        'adapter.kind = adalora: its ranks are chosen by gradients that are elsewhere; expected another': adapter == 'adalora',
-        "train.precision = 'fp16': expected no or bf16": t.precision == 'fp16'}
+        "adapter.kind = 'adalora': its ranks are chosen by gradients that are elsewhere; expected lora, or another": adapter == 'adalora',
+        "train.precision = 'fp16': gradients that are elsewhere cannot be scaled; expected no or bf16": t.precision == 'fp16'}
     for said, so in wrong.items():
         if so: raise RecipeError(f'{name}: {said}')
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MergeRecipe', 'check', 'merged', 'main']
 
-# %% ../../nbs/train/21_merge.ipynb #8347ef8f
+# %% ../../nbs/train/21_merge.ipynb #e90ec0bd
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from ..settings import settings
 from .evaluate import open_model, own_processor, resolve_adapter
 from .recipe import ModelArgs, Share, Size, Whole, command, one_line, opt
 
-# %% ../../nbs/train/21_merge.ipynb #ee055f80
+# %% ../../nbs/train/21_merge.ipynb #b91362d7
 @dataclass
 class MergeRecipe:
     "Add adapters to the weights of their model; the result is a plain model in a folder."
@@ -28,7 +28,7 @@ class MergeRecipe:
     dtype:Literal['auto', 'float32', 'bfloat16', 'float16'] = opt(settings.model.dtype, 'type of the weights; auto: as they were saved')
     output:str = opt('', 'folder of the new model')
 
-# %% ../../nbs/train/21_merge.ipynb #470e32ab
+# %% ../../nbs/train/21_merge.ipynb #04c06638
 def check(
     recipe:MergeRecipe, # from the command line
 )->tuple[str, list[str]]: # the model, folders of adapters
@@ -45,7 +45,7 @@ def check(
     if Path(recipe.output).exists(): raise ValueError(f'output = {recipe.output!r}: is there already; expected a new folder')
     return name, folders
 
-# %% ../../nbs/train/21_merge.ipynb #7dd31252
+# %% ../../nbs/train/21_merge.ipynb #932897e9
 def merged(
     recipe:MergeRecipe, # what to add, or to take out
 ): # Loaded, a plain model
@@ -65,7 +65,7 @@ def merged(
         model = blend(several, dict(zip(names, recipe.shares or [1.] * len(folders))), recipe.how, recipe.density, recipe.seed)
     return replace(m, model=merge(model), processor=own_processor(m.processor, folders[0]))
 
-# %% ../../nbs/train/21_merge.ipynb #17e9aac7
+# %% ../../nbs/train/21_merge.ipynb #881b48c7
 def main(
     argv:list[str]|None=None, # words of the command line; None: this program's
     name:str='omnilab merge', # how it is called

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 import torch
 from torch import Tensor, nn
-from .checkpoint import divided
+from .checkpoint import divide_again, divided
 from .loop import Run
 from .recipe import aim
 
@@ -53,7 +53,7 @@ def averaged(
     own = {n: p.detach().clone() for n, p in trained(run.model).items()}
     put(run.model, run.kept['ema'])
     try: yield
-    finally: put(run.model, own)
+    finally: divide_again(run.scorer); put(run.model, own)
 
 def on_average(
     f:Callable[[Run], dict[str, float]], # for `Evaluate`

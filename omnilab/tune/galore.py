@@ -6,7 +6,7 @@
 __all__ = ['BLOCK', 'ROOTS', 'INNER', 'CARRY', 'wide', 'exact', 'subspace', 'adam', 'adafactor', 'pad0', 'pack8', 'unpack8',
            'adam8', 'carry', 'whole', 'local', 'mine', 'agreed', 'LowRank', 'GaLore', 'state_bytes', 'theory']
 
-# %% ../../nbs/tune/08_galore.ipynb #3c2e3cbf
+# %% ../../nbs/tune/08_galore.ipynb #77375718
 from collections.abc import Callable, Iterable
 import torch
 import torch.distributed as dist
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
-# %% ../../nbs/tune/08_galore.ipynb #a9107726
+# %% ../../nbs/tune/08_galore.ipynb #3244219e
 def wide(
     x:Tensor, # [m, n]
 )->Tensor: # [short, long], a view
@@ -28,7 +28,7 @@ def exact(
     "The r leading directions, by singular value decomposition."
     return torch.linalg.svd(G.float(), full_matrices=False)[0][:, :r].clone()       # a slice alone would keep all of them alive
 
-# %% ../../nbs/tune/08_galore.ipynb #14d5a904
+# %% ../../nbs/tune/08_galore.ipynb #e78c9e92
 def subspace(
     G:Tensor, # [short, long], a gradient
     r:int, # directions
@@ -47,7 +47,7 @@ def subspace(
     P = (Q @ torch.linalg.eigh(Q.T @ gram @ Q)[1].flip(1))[:, :r]
     return P.contiguous() if start is None else P * torch.where((P * start).sum(0) < 0, -1., 1.)
 
-# %% ../../nbs/tune/08_galore.ipynb #f65a7ac6
+# %% ../../nbs/tune/08_galore.ipynb #0cd66cc1
 def adam(
     state:dict, # `step`, and the moments: changed in place, made where they are missing
     R:Tensor, # [r, long], the projected gradient
@@ -60,7 +60,7 @@ def adam(
     t = float(state['step'])
     return m / (1 - betas[0]**t) / ((v / (1 - betas[1]**t)).sqrt() + eps)
 
-# %% ../../nbs/tune/08_galore.ipynb #a6070260
+# %% ../../nbs/tune/08_galore.ipynb #0b39d1bf
 def adafactor(
     state:dict, # as for `adam`
     R:Tensor, # [r, long]
@@ -74,7 +74,7 @@ def adafactor(
     update = R * (rows / rows.mean()).rsqrt()[:, None] * columns.rsqrt()
     return update / update.square().mean().sqrt().clamp(min=1)
 
-# %% ../../nbs/tune/08_galore.ipynb #6f24a721
+# %% ../../nbs/tune/08_galore.ipynb #1a3b8ff8
 BLOCK = 256     # numbers that share a scale
 
 def pad0(x:Tensor, n:int)->Tensor: return torch.nn.functional.pad(x, (0, n))     # n zeros behind
@@ -94,7 +94,7 @@ def unpack8(codes:Tensor, scale:Tensor, root:int)->Tensor: # as `pack8` took it,
     flat = pad0(codes.flatten().float(), -codes.numel() % BLOCK).view(-1, BLOCK) / 127
     return (flat.abs()**root * flat.sign() * scale[:, None]).flatten()[:codes.numel()].view(codes.shape)
 
-# %% ../../nbs/tune/08_galore.ipynb #27ae8d76
+# %% ../../nbs/tune/08_galore.ipynb #0f3a40d8
 ROOTS = {'exp_avg': 2, 'exp_avg_sq': 4}
 
 def adam8(
@@ -111,7 +111,7 @@ def adam8(
 
 INNER = {'adamw': adam, 'adamw8bit': adam8, 'adafactor': adafactor}
 
-# %% ../../nbs/tune/08_galore.ipynb #938e7eba
+# %% ../../nbs/tune/08_galore.ipynb #709c98a2
 CARRY = ('keep', 'rotate', 'reset')
 
 def carry(
@@ -129,7 +129,7 @@ def carry(
         if how == 'reset': del state[k]
         elif k in turned: state[k] = turned[k] @ state[k]
 
-# %% ../../nbs/tune/08_galore.ipynb #b5a7976e
+# %% ../../nbs/tune/08_galore.ipynb #479a5c6c
 def whole(x:Tensor)->Tensor: return x.full_tensor() if isinstance(x, DTensor) else x        # gathered, where processes hold parts of it
 def local(x:Tensor)->Tensor: return x.to_local() if isinstance(x, DTensor) else x           # this process' part, a view
 
@@ -148,7 +148,7 @@ def agreed(
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1: dist.broadcast(x, 0)
     return x
 
-# %% ../../nbs/tune/08_galore.ipynb #067a136d
+# %% ../../nbs/tune/08_galore.ipynb #6a5aee04
 class LowRank(Optimizer):
     "A torch optimiser of matrices; a subclass gives the `direction` of one matrix."
     def __init__(self,
@@ -187,7 +187,7 @@ class LowRank(Optimizer):
         for i, p in enumerate(p for g in self.param_groups for p in g['params']):
             if i in state['state']: self.state[p] = {k: v if k == 'step' else whole(v).to(p.device) for k, v in state['state'][i].items()}
 
-# %% ../../nbs/tune/08_galore.ipynb #b66bac8d
+# %% ../../nbs/tune/08_galore.ipynb #cc5a5107
 class GaLore(LowRank):
     "AdamW, 8-bit AdamW or Adafactor in the leading directions of each gradient."
     def __init__(self,
@@ -227,7 +227,7 @@ class GaLore(LowRank):
         if old is not None: carry(state, new.T @ old, group['moments'])
         self.keep(new, old, state, group)
 
-# %% ../../nbs/tune/08_galore.ipynb #9b587d35
+# %% ../../nbs/tune/08_galore.ipynb #fd58bf47
 def state_bytes(
     optimizer:Optimizer, # any of torch's kind
 )->int: # bytes of memory that its state keeps alive

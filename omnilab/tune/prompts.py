@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PROMPTS', 'settings_of', 'prompts', 'prompted', 'alone']
 
-# %% ../../nbs/tune/13_prompts.ipynb #ef9f3a91
+# %% ../../nbs/tune/13_prompts.ipynb #fa1a9c23
 import peft
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..forest.context import rope_index
 from .targets import AdapterError, share
 
-# %% ../../nbs/tune/13_prompts.ipynb #9bad7644
+# %% ../../nbs/tune/13_prompts.ipynb #f1cabdae
 PROMPTS = dict(prompt=dict(tokens=8), prefix=dict(tokens=8)) | {'p-tuning': dict(tokens=8, hidden=128)}     # kinds, and their options
 
 def settings_of(
@@ -31,7 +31,7 @@ def settings_of(
     if kind == 'p-tuning': return peft.PromptEncoderConfig(encoder_hidden_size=hidden, **told)
     return peft.PromptTuningConfig(prompt_tuning_init='SAMPLE_VOCAB', **told)
 
-# %% ../../nbs/tune/13_prompts.ipynb #6f30e664
+# %% ../../nbs/tune/13_prompts.ipynb #f442533e
 def prompts(
     model:nn.Module, # a `PreTrainedModel`; stays as it is
     kind:str='prompt', # of PROMPTS
@@ -59,7 +59,7 @@ def prompted(
     config = model.active_peft_config if isinstance(model, PeftModel) else None
     return config if config is not None and config.is_prompt_learning else None
 
-# %% ../../nbs/tune/13_prompts.ipynb #04654ba0
+# %% ../../nbs/tune/13_prompts.ipynb #cca1bdd2
 def alone(
     model:PeftModel, # with a prompt
     pack, # of one row
