@@ -51,14 +51,14 @@ class DataArgs:
     train:str = opt('', 'rows to learn from: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files, a folder, hf:NAME, or the name of a card')
     mixture:dict[str, Size] = opt({}, 'instead of train: files or the like, or cards, each with its share of the packs')
     streaming:bool = opt(False, 'rows are read while training, where they are too many to plan; needs train.steps')
-    test:str = opt('', 'held-out rows, named as in train; scored by loss and by generation')
+    test:str = opt('', 'held-out rows, named as in train; scored by loss and by generation (under fsdp2 by loss alone)')
     on_error:Literal['raise', 'skip'] = opt('raise', "a row that can't be read: end the run, or skip and list it")
     system:str = opt('', 'said by the system at the beginning of every conversation that has no system message; empty: nothing')
     turns:Literal['all', 'last'] = opt('all', "the assistant's turns that are learned; last: those behind the last question. A message's `loss` overrides")
     merge:bool = opt(True, 'rows that begin alike (one image, many questions) share what they share')
     cache:bool = opt(True, 'keep encoded rows for epochs, processes and later runs (settings: paths.cache; omnilab cache shows them)')
     full:Literal['continue', 'raise'] = opt('continue', 'where nothing can be written to the cache: keep rows in memory, or end the run')
-    workers:Whole = opt(0, 'processes that encode beside each of the run; 0: it does so itself')
+    workers:Whole = opt(0, 'processes that encode beside each of the run, into the cache; 0: it does so itself')
     towers:bool = opt(False, 'what frozen towers and projectors make of media is made once and kept, instead of in every step; '
                              'for models whose forward takes it (as mm_encoder_outputs, or where it calls its tower)')
     packing:Literal['exact', 'window', 'balanced', 'ordered', False] = opt('exact', 'exact: fullest; balanced: even work; false: one tree a pack')
@@ -100,7 +100,7 @@ TRACKERS = {'tensorboard': 'tensorboard', 'wandb': 'wandb', 'mlflow': 'mlflow', 
 class TrainArgs:
     "How the weights move."
     steps:Whole = opt(0, 'steps of the run; 0: as many as `epochs` takes')
-    epochs:Size = opt(1., 'times that every row is seen')
+    epochs:Size = opt(1., 'times that every row is seen, where steps is 0')
     packs:Count = opt(1, 'packs of a step, over all processes')
     max_length:Count = opt(2048, 'tokens of a pack')
     optimizer:Literal['adamw', 'muon', 'galore', 'qgalore', 'apollo'] = opt('adamw', 'all but adamw: for matrices inside the network, AdamW for the rest')
