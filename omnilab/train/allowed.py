@@ -6,7 +6,7 @@
 __all__ = ['OWN', 'APART', 'OF_LORA', 'LOW', 'check_rows', 'own_options', 'check_adapter', 'check_low', 'check_packed',
            'check_test', 'check_data', 'check']
 
-# %% ../../nbs/train/15_allowed.ipynb #4a9fda9f
+# %% ../../nbs/train/15_allowed.ipynb #586aeec9
 import re
 from dataclasses import asdict
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ from pathlib import Path
 from .feed import files
 from .recipe import TRACKERS, RecipeError, SFTRecipe, aim
 
-# %% ../../nbs/train/15_allowed.ipynb #ffdc4db7
+# %% ../../nbs/train/15_allowed.ipynb #668d9159
 def check_rows(
     option:str, # where it is written
     path:str, # rows, or a card's name; '': none
@@ -30,7 +30,7 @@ def check_rows(
     if not example.document and not example.kinds('assistant'):
         raise RecipeError(f'{option} = {path!r}: its rows hold no answer to learn ({", ".join(c.tasks)}); expected a card whose rows do')
 
-# %% ../../nbs/train/15_allowed.ipynb #b4b1a8ad
+# %% ../../nbs/train/15_allowed.ipynb #ff511213
 OWN = {'none': {}, 'pro': dict(blocks=4), 'lisa': dict(layers=2, every=20), 'reft': dict(first=4, last=0), 'prompt': dict(tokens=8),
        'p-tuning': dict(tokens=8, hidden=128), 'prefix': dict(tokens=8)}             # kinds with functions of their own, and their options
 APART = 'reft', 'prompt', 'p-tuning', 'prefix'      # never merged into a model
@@ -49,7 +49,7 @@ def own_options(
             raise RecipeError(f'adapter.options.{name} = {v!r}: expected a whole number, {least} or more')
     return known | a.options
 
-# %% ../../nbs/train/15_allowed.ipynb #9b6f0f85
+# %% ../../nbs/train/15_allowed.ipynb #7985be73
 OF_LORA = 'lora', 'rslora', 'dora', 'lora+', 'eva', 'loftq', 'adalora'       # beside which peft trains rows of new tokens
 
 def check_adapter(
@@ -72,7 +72,7 @@ def check_adapter(
     if recipe.push_to and kind in APART: raise RecipeError(f'push_to with adapter.kind = {kind!r}: a whole model is sent, and {kind} is never merged into one')
     if recipe.train.ema and kind == 'adalora': raise RecipeError("train.ema with adapter.kind = 'adalora': an average still has ranks that were taken away")
 
-# %% ../../nbs/train/15_allowed.ipynb #b46253b0
+# %% ../../nbs/train/15_allowed.ipynb #a6247ffc
 LOW = {'galore': {'rank', 'every', 'scale', 'inner', 'moments', 'per_layer'}, 'apollo': {'rank', 'every', 'scale', 'per', 'per_layer'}}
 LOW['qgalore'] = LOW['galore'] | {'int8'}
 
@@ -89,13 +89,14 @@ def check_low(
     if g.per_layer and t.precision == 'fp16': raise RecipeError("galore.per_layer with train.precision = 'fp16': gradients are scaled; expected no or bf16")
     if g.int8 and t.ema: raise RecipeError('galore.int8 with train.ema: matrices in bytes would be missing in the average; expected one of them')
 
-# %% ../../nbs/train/15_allowed.ipynb #16a69875
+# %% ../../nbs/train/15_allowed.ipynb #cbbde404
 def check_packed(
     recipe:SFTRecipe, # its `data`, `media` and `adapter`
 ):
     "What has been decided for packs that are given."
-    if recipe.data.system or recipe.data.towers or any(asdict(recipe.media).values()):
-        raise RecipeError('media, data.system or data.towers: the rows are packed already; expected them where they are read and loaded')
+    d = recipe.data
+    if d.system or d.towers or d.boxes != 'model' or any(asdict(recipe.media).values()):
+        raise RecipeError('media, data.system, data.boxes or data.towers: the rows are packed already; expected them where they are read and loaded')
     if recipe.adapter.kind == 'reft' and own_options(recipe)['last']:
         raise RecipeError('adapter.options.last: the rows are packed already, without marks; expected data.train')
 
@@ -108,7 +109,7 @@ def check_test(
     for option, asks in (('patience', t.patience), ('keep_best', t.keep_best.partition(' ')[2].startswith(('test/', 'answers/')))):
         if asks and not test: raise RecipeError(f'train.{option} = {getattr(t, option)!r}: nothing is evaluated; expected rows in data.test')
 
-# %% ../../nbs/train/15_allowed.ipynb #6d627f49
+# %% ../../nbs/train/15_allowed.ipynb #89f3ebb2
 def check_data(
     recipe:SFTRecipe, # its `data`
     rows:bool=True, # it must name its rows; False: packs are given
@@ -131,7 +132,7 @@ def check_data(
     if d.window != type(d)().window and not d.streaming and d.packing != 'window':
         raise RecipeError(f'data.window = {d.window} with data.packing = {d.packing!r}: expected window, or a stream')
 
-# %% ../../nbs/train/15_allowed.ipynb #7c45c46e
+# %% ../../nbs/train/15_allowed.ipynb #abe980b8
 def check(
     recipe:SFTRecipe, # from the command line, or made in a notebook
     rows:bool=True, # it must name its rows; False: packs are given

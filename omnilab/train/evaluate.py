@@ -7,15 +7,15 @@ __all__ = ['SUFFIX', 'AskArgs', 'EvalRecipe', 'InferRecipe', 'CheckRecipe', 'res
            'question', 'free_name', 'line_of', 'infer', 'main_infer', 'read_rows', 'score', 'keep', 'main',
            'open_checked', 'main_check']
 
-# %% ../../nbs/train/22_evaluate.ipynb #29af4ec2
+# %% ../../nbs/train/22_evaluate.ipynb #47692c73
 import json, sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 from ..settings import settings
-from .recipe import Count, ModelArgs, Share, Size, Whole, command, one_line, opt, to_yaml
+from .recipe import Boxes, Count, ModelArgs, Share, Size, Whole, command, one_line, opt, to_yaml
 
-# %% ../../nbs/train/22_evaluate.ipynb #63854d54
+# %% ../../nbs/train/22_evaluate.ipynb #64c590b9
 @dataclass
 class AskArgs:
     "How answers are generated."
@@ -32,11 +32,13 @@ class EvalRecipe:
     ask:AskArgs = field(default_factory=AskArgs)
     data:str = opt('', 'rows: a file (JSONL, JSON, CSV, TSV, Parquet, Arrow), a pattern of files, a folder, hf:NAME of the hub, or a card (omnilab data list)')
     rows:Whole = opt(0, 'rows to ask, from the beginning of the file; 0: all')
+    system:str = opt('', "said by the system where a row has no system message, as the run's data.system")
+    boxes:Boxes = opt('model', "how boxes are said, as the run's data.boxes")
     on_error:Literal['raise', 'skip'] = opt('raise', "a row that can't be read or asked: end the program, or skip, count and list it")
     adapter:str = opt('', 'folder of an adapter to put on the model')
     output:str = opt('', 'folder for scores.json and the recipe; empty: only printed')
 
-# %% ../../nbs/train/22_evaluate.ipynb #b48be826
+# %% ../../nbs/train/22_evaluate.ipynb #93dbf4a3
 @dataclass
 class InferRecipe:
     "Put one question to a model: text, images, sounds and clips in; text, boxes, images and sounds out."
@@ -59,7 +61,7 @@ class CheckRecipe:
     adapter:str = opt('', 'folder of an adapter to put on the model, with --weights')
     device:Literal['auto', 'cpu', 'cuda', 'mps'] = opt(settings.train.device, 'auto: an accelerator if there is one')
 
-# %% ../../nbs/train/22_evaluate.ipynb #82cf2c39
+# %% ../../nbs/train/22_evaluate.ipynb #a2a6f86a
 def resolve_adapter(
     name:str, # of a model, or the folder of an adapter
     adapter:str='', # folder of an adapter
@@ -71,7 +73,7 @@ def resolve_adapter(
     if not base: raise ValueError(f'{file}: it names no model; expected the model with --model.name and the adapter with --adapter')
     return base, name
 
-# %% ../../nbs/train/22_evaluate.ipynb #73ed0ab2
+# %% ../../nbs/train/22_evaluate.ipynb #1fc64288
 def own_processor(
     processor, # of a model
     adapter:str, # folder of an adapter on it
@@ -80,7 +82,7 @@ def own_processor(
     own = any((Path(adapter)/f'{x}_config.json').is_file() for x in ('processor', 'tokenizer'))
     return type(processor).from_pretrained(adapter) if own else processor
 
-# %% ../../nbs/train/22_evaluate.ipynb #a4ef9d0c
+# %% ../../nbs/train/22_evaluate.ipynb #408f52c2
 def open_model(
     args:ModelArgs, # name, type of the weights, attention
     adapter:str='', # folder of an adapter
@@ -102,7 +104,7 @@ def open_model(
     guard(m.model)
     return m
 
-# %% ../../nbs/train/22_evaluate.ipynb #665d3ae8
+# %% ../../nbs/train/22_evaluate.ipynb #acb90923
 def question(
     recipe:InferRecipe, # what is asked
 )->list: # of `Message`
@@ -115,7 +117,7 @@ def question(
     if not parts: raise ValueError('nothing is asked; expected --text, --image, --audio or --video')
     return [Message('system', recipe.system)] * bool(recipe.system) + [Message('user', parts)]
 
-# %% ../../nbs/train/22_evaluate.ipynb #e6e7faa9
+# %% ../../nbs/train/22_evaluate.ipynb #80a7f215
 SUFFIX = {'image': '.png', 'audio': '.wav', 'video': '.mp4'}
 
 def free_name(
@@ -143,7 +145,7 @@ def line_of(
     {'image': save_image, 'audio': save_audio, 'video': save_video}[part.type](part.value, path)
     return f'{part.type} {path}'
 
-# %% ../../nbs/train/22_evaluate.ipynb #95f02c15
+# %% ../../nbs/train/22_evaluate.ipynb #86219d78
 def infer(
     recipe:InferRecipe, # the model, the question, how to answer
 ): # Completion
@@ -167,20 +169,21 @@ def main_infer(
     except (ValueError, OSError) as e: print(f'{name}: {one_line(e)}', file=sys.stderr); sys.exit(2)
     return done
 
-# %% ../../nbs/train/22_evaluate.ipynb #a8d8a3ce
+# %% ../../nbs/train/22_evaluate.ipynb #fa7a0da1
 def read_rows(
     recipe:EvalRecipe, # the file or card, and what to do with bad rows
 ): # Samples
     "The rows to ask, their judges known."
     from omnilab.data import cards
     from omnilab.metrics.tasks import judge_of, world_judges
+    from omnilab.train.feed import all_as_said
     if not recipe.data: raise ValueError('no rows to ask; expected --data FILE')
     samples = cards.read_rows(recipe.data, recipe.on_error, answer=False)
-    samples = samples[:recipe.rows] if recipe.rows else samples
+    samples = all_as_said(samples[:recipe.rows] if recipe.rows else samples, recipe)
     for s in samples: judge_of(s, world_judges())
     return samples
 
-# %% ../../nbs/train/22_evaluate.ipynb #3affac7d
+# %% ../../nbs/train/22_evaluate.ipynb #72447a51
 def score(
     recipe:EvalRecipe, # the model, the rows, how to ask
     progress:bool=True, # show a bar
@@ -195,7 +198,7 @@ def score(
     scores.recipe |= dict(model=m.name, data=recipe.data, skipped=[str(p) for p in samples.problems])
     return scores
 
-# %% ../../nbs/train/22_evaluate.ipynb #c24eb4a6
+# %% ../../nbs/train/22_evaluate.ipynb #6e07ae35
 def keep(
     scores, # of a finished evaluation
     recipe:EvalRecipe, # what made it
@@ -221,7 +224,7 @@ def main(
     except (ValueError, OSError) as e: print(f'{name}: {one_line(e)}', file=sys.stderr); sys.exit(2)
     return scores
 
-# %% ../../nbs/train/22_evaluate.ipynb #9cc142fb
+# %% ../../nbs/train/22_evaluate.ipynb #304231ff
 def open_checked(
     recipe:CheckRecipe, # what is asked
 ): # Loaded: a twin, or the model itself
@@ -250,5 +253,5 @@ def main_check(
     if not report.ok: sys.exit(1)
     return report
 
-# %% ../../nbs/train/22_evaluate.ipynb #52922352
+# %% ../../nbs/train/22_evaluate.ipynb #d23259b5
 if __name__ == '__main__' and '__file__' in globals(): main()

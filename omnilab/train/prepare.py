@@ -6,16 +6,16 @@
 __all__ = ['PAIR', 'PrepareRecipe', 'Prepared', 'kind_of', 'encoded', 'look', 'histogram', 'told', 'prepare', 'draw_lengths',
            'main']
 
-# %% ../../nbs/train/25_prepare.ipynb #8ca0a7a7
+# %% ../../nbs/train/25_prepare.ipynb #3dbe8857
 import sys, warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 from ..data.parts import MEDIA
 from ..settings import settings
-from .recipe import Count, MediaArgs, Switch, Whole, command, one_line, opt
+from .recipe import Boxes, Count, MediaArgs, Switch, Whole, command, one_line, opt
 
-# %% ../../nbs/train/25_prepare.ipynb #268970c1
+# %% ../../nbs/train/25_prepare.ipynb #21d5aa6c
 @dataclass
 class PrepareRecipe:
     "Look at a data set: its rows, their lengths for a model, what they share, and everything that is wrong with it. Status 1 if something is."
@@ -26,6 +26,7 @@ class PrepareRecipe:
     max_length:Whole = opt(0, 'tokens of a pack; longer rows are problems; 0: any length')
     turns:Literal['all', 'last'] = opt('all', "the assistant's turns that are learned")
     system:str = opt('', 'said by the system at the beginning of every conversation that has no system message; empty: nothing')
+    boxes:Boxes = opt('model', "how boxes are said, as a run's data.boxes")
     lengths:Literal['encoded', 'sizes'] = opt('encoded', 'sizes: a first look, as exact; headers of media tell, so nothing is decoded or kept (what '
                                              'no header tells is encoded, and said)')
     decode:bool = opt(False, 'decode all media now, which finds what a header hides')
@@ -36,7 +37,7 @@ class PrepareRecipe:
     show:Count = opt(20, 'problems that are printed')
     media:MediaArgs = field(default_factory=MediaArgs)
 
-# %% ../../nbs/train/25_prepare.ipynb #7a42759d
+# %% ../../nbs/train/25_prepare.ipynb #d4473768
 @dataclass(repr=False)
 class Prepared:
     "What a data set holds."
@@ -69,7 +70,7 @@ def kind_of(
     text = f'{mix(sample.kinds("system", "user", "tool"))} → {mix(sample.kinds("assistant"))}'
     return text + PAIR * bool(sample.rejected)
 
-# %% ../../nbs/train/25_prepare.ipynb #b1e05270
+# %% ../../nbs/train/25_prepare.ipynb #a1d55a17
 def encoded(
     samples, # of a data set
     loaded, # processor, and model with or without weights
@@ -99,7 +100,7 @@ def encoded(
         except EncodeError as e: bad.append(e.problem)
     return rows, bad, ''
 
-# %% ../../nbs/train/25_prepare.ipynb #8b52cbfa
+# %% ../../nbs/train/25_prepare.ipynb #14ce3476
 def look(
     samples, # `data.samples.Samples`
     loaded, # processor, and model with or without weights
@@ -121,7 +122,7 @@ def look(
                     sum(int(r.target.sum()) for r in rows), [r.origin for r in rows], sum(map(len, trees)), packs,
                     Problems([*samples.problems, *bad, *long]), kept, recipe.show)
 
-# %% ../../nbs/train/25_prepare.ipynb #89bd9278
+# %% ../../nbs/train/25_prepare.ipynb #6e6d9ac8
 def histogram(
     lengths, # array [n], n at least 1
     bars:int=8, # at most
@@ -135,7 +136,7 @@ def histogram(
     bar = lambda n: '█' * round(width * n / counts.max()) or '·' * bool(n)
     return [f'{low:>{wide},} – {high - 1:<{wide},} {bar(n):<{width}} {n:,}' for low, high, n in zip(edges, edges[1:], counts)]
 
-# %% ../../nbs/train/25_prepare.ipynb #2097b85b
+# %% ../../nbs/train/25_prepare.ipynb #b3e15f90
 def told(
     p:Prepared, # what was found
 )->list[str]: # lines
@@ -160,7 +161,7 @@ def told(
     lines += [f'problems   {len(p.problems):,}', *(f'           {x}' for x in p.problems[:p.show])]
     return lines + ([f'           … and {len(p.problems) - p.show:,} more (--show)'] if len(p.problems) > p.show else [])
 
-# %% ../../nbs/train/25_prepare.ipynb #ec576df2
+# %% ../../nbs/train/25_prepare.ipynb #34eeeb57
 def prepare(
     recipe:PrepareRecipe, # what to look at
 )->Prepared:
@@ -175,15 +176,15 @@ def prepare(
     from omnilab.models.load import described
     from omnilab.models.options import configure
     from omnilab.models.tokens import add_tokens
-    from omnilab.train.feed import with_system
+    from omnilab.train.feed import all_as_said
     if recipe.ray: reachable(recipe.ray)
     loaded = described(recipe.model, recipe.dtype)
     loaded.processor = configure(loaded.processor, **asdict(recipe.media))
     add_tokens(loaded, recipe.new_tokens)
     with warnings.catch_warnings(action='ignore'): samples = read_rows(recipe.data, 'skip', 'decode' if recipe.decode else True)
-    return look(with_system(samples, recipe.system), loaded, recipe)
+    return look(all_as_said(samples, recipe), loaded, recipe)
 
-# %% ../../nbs/train/25_prepare.ipynb #f886ae5e
+# %% ../../nbs/train/25_prepare.ipynb #3d5e6f64
 def draw_lengths(
     p:Prepared, # what was found
     ax, # matplotlib axes
@@ -195,7 +196,7 @@ def draw_lengths(
     ax.set(xlabel='tokens', ylabel='rows'); ax.legend(frameon=False)
     return ax
 
-# %% ../../nbs/train/25_prepare.ipynb #59b8459f
+# %% ../../nbs/train/25_prepare.ipynb #9c503b5a
 def main(
     argv:list[str]|None=None, # words of the command line; None: this program's
     name:str='omnilab prepare', # how it is called

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['choose', 'answers', 'measures', 'identity', 'writes', 'begin', 'finish', 'Result', 'run', 'main']
 
-# %% ../../nbs/train/21_sft.ipynb #432f9baa
+# %% ../../nbs/train/21_sft.ipynb #ba82e62b
 import dataclasses, sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -14,14 +14,14 @@ from typing import Any
 from .allowed import check, check_test
 from .assemble import assemble, moved_by, prepare_run
 from .dry import dry_run, prove
-from .feed import describe_packs, files, fingerprint, glance, plan_packs, read_files, read_packs, told_of, with_system
+from .feed import all_as_said, describe_packs, files, fingerprint, glance, plan_packs, read_files, read_packs, told_of
 from .launch import sharded
 from .model import load_model, save_model, trainable, whole_model
 from .ready import readied, towered
 from .recipe import FREE, RecipeError, SFTRecipe, command, one_line, to_yaml
 from ..variant import ACTIVE, varied
 
-# %% ../../nbs/train/21_sft.ipynb #04fed7cd
+# %% ../../nbs/train/21_sft.ipynb #ade8bdd4
 def choose(
     samples, # held-out rows
     n:int, # how many; 0: all
@@ -47,7 +47,7 @@ def answers(
         return {'mean': scores.mean, **{t: row['score'] for t, row in scores.table.items()}}
     return look
 
-# %% ../../nbs/train/21_sft.ipynb #1361f9c9
+# %% ../../nbs/train/21_sft.ipynb #32992488
 def measures(
     recipe:SFTRecipe, # what to watch and how often
     processor, # the model's
@@ -68,7 +68,7 @@ def measures(
     asked = answers(choose(test, d.eval_rows), processor, Path(recipe.output), d.max_new_tokens)
     return out + [Evaluate(of(asked), t.eval_every, 'answers')] * whole
 
-# %% ../../nbs/train/21_sft.ipynb #e40a21ac
+# %% ../../nbs/train/21_sft.ipynb #6a85cc30
 def identity(recipe:SFTRecipe, packs)->dict: # what makes a run this run
     read = fingerprint(packs) if packs is not None else {n: glance(p) for n, p in files(recipe).items()}
     return {**asdict(recipe), 'variants': {v.name: v.digest for v in ACTIVE}, 'data_fingerprint': read}
@@ -88,7 +88,7 @@ def writes(
     if t.tracker != 'none': out.append(Tracker(t.tracker, folder))
     return [*out, Checkpoint(folder/'checkpoints', identity(recipe, packs), t.save_every, t.keep, t.keep_best)]
 
-# %% ../../nbs/train/21_sft.ipynb #ec85915d
+# %% ../../nbs/train/21_sft.ipynb #0f8d59cb
 def begin(
     job, # a prepared run
     recipe:SFTRecipe, # what made it
@@ -114,7 +114,7 @@ def begin(
         told.append('data.test: weights are divided, so held-out rows are scored by loss alone; omnilab eval asks the saved model')
     for line in told: job.accelerator.print(line, file=sys.stderr)
 
-# %% ../../nbs/train/21_sft.ipynb #1d169a4d
+# %% ../../nbs/train/21_sft.ipynb #7f3608ee
 def finish(
     job, # a run at its end
     recipe:SFTRecipe, # what made it
@@ -132,7 +132,7 @@ def finish(
         if recipe.push_to: print(push(folder, recipe.push_to), file=sys.stderr)
     job.accelerator.wait_for_everyone()
 
-# %% ../../nbs/train/21_sft.ipynb #bf9f9af8
+# %% ../../nbs/train/21_sft.ipynb #8094c97e
 @dataclass
 class Result:
     "A finished run."
@@ -148,7 +148,7 @@ class Result:
         loss = f', loss {self.run.metrics["loss"]:.3f}' if 'loss' in self.run.metrics else ' were there already'        # resumed where it had ended
         return f'{self.folder}: {self.run.step} steps{loss}; {self.report}'
 
-# %% ../../nbs/train/21_sft.ipynb #e06cdf16
+# %% ../../nbs/train/21_sft.ipynb #fa4324ea
 @varied
 def run(
     recipe:SFTRecipe, # what to do
@@ -164,7 +164,7 @@ def run(
     rows = read_files(recipe) if packs is None and not recipe.data.streaming else {}
     if test is None: test = read_rows(recipe.data.test, recipe.data.on_error) if recipe.data.test else []
     check_test(recipe, test)
-    test, loaded = with_system(test, recipe.data.system), loaded or load_model(recipe)
+    test, loaded = all_as_said(test, recipe.data), loaded or load_model(recipe)
     if rows: packs = plan_packs(rows, loaded, recipe, readied)
     if recipe.check: prove(loaded, packs)
     test_packs = read_packs(test, loaded, recipe, readied) if test else []
@@ -175,7 +175,7 @@ def run(
     finish(job, recipe, loaded.processor)
     return Result(folder, job, loaded.processor, packs, folder/'report.html')
 
-# %% ../../nbs/train/21_sft.ipynb #688a635d
+# %% ../../nbs/train/21_sft.ipynb #01063c33
 def main(
     argv:list[str]|None=None, # words of the command line; None: this program's
     name:str='python -m omnilab.train.sft', # how it is called
@@ -189,5 +189,5 @@ def main(
     PartialState().print(told)                  # of several processes, the first
     return None if recipe.dry_run else told
 
-# %% ../../nbs/train/21_sft.ipynb #5689a9f9
+# %% ../../nbs/train/21_sft.ipynb #dc7c4dc4
 if __name__ == '__main__' and '__file__' in globals(): main()
