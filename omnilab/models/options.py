@@ -55,9 +55,9 @@ def check_option(
 ):
     "Refuse what would not be in force."
     here, part, known = f'media.{kind}.{name}', part_of(processor, kind), options_of(processor, kind)
-    if part is None:
-        kinds = ', '.join(k for k in PARTS if options_of(processor, k)) or 'nothing'
-        raise OptionError(f'{here}: {type(processor).__name__} has no part for it; expected options of {kinds}')
+    if not known:
+        kinds, why = ', '.join(k for k in PARTS if options_of(processor, k)) or 'nothing', 'has no part for it' if part is None else 'takes none there'
+        raise OptionError(f'{here}: {type(processor).__name__} {why}; expected options of {kinds}')
     if name not in known:
         near = get_close_matches(name, known, 1, .7)
         raise OptionError(f'{here}: {type(part).__name__} has no such option; {f"did you mean {near[0]}?" if near else "expected one of " + ", ".join(known)}')
