@@ -7,7 +7,7 @@ __all__ = ['HEADS', 'FORMATS', 'DEMUXERS', 'one_line', 'MediaError', 'called', '
            'open_source', 'sniff', 'number', 'last_box', 'end_of', 'reading']
 
 # %% ../../nbs/data/00_files.ipynb #8e6009c0
-import base64, io, re, stat
+import base64, io, os, re, stat
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +96,7 @@ def open_source(
         limits.check(src, 'bytes', len(src))
         return io.BytesIO(src)
     if not isinstance(src, (str, Path)): raise refuse(src, 'not a medium', 'a file, bytes, a data URI, or an image, sound or clip in memory')
-    try: info = Path(src).stat()
+    try: info = os.stat(src)
     except (OSError, ValueError) as e: raise refuse(src, getattr(e, 'strerror', None) or str(e), 'a file') from None
     if not stat.S_ISREG(info.st_mode): raise refuse(src, 'not a file', 'a file')
     limits.check(src, 'bytes', info.st_size)

@@ -25,7 +25,7 @@ def has_end(
 )->bool: # False: torn off
     "Whether the mark of the end is there."
     now, size = f.tell(), f.seek(0, 2)
-    for start in max(0, size - 65_536), 0:       # the tail; if it isn't there, all of it
+    for start in max(0, size - 16), max(0, size - 65_536), 0:       # the very end; the tail; if it isn't there, all of it
         f.seek(start)
         found = mark in f.read()
         if found: break

@@ -243,6 +243,7 @@ def boxes_in(
     messages:list[Message], # boxes as rows give them
 )->list[Message]: # boxes in pixels, with the size of their image
     "Measure the boxes of a conversation."
+    if not any(p.type == 'box' for m in messages for p in m.parts): return messages
     images = [p for m in messages for p in m.parts if p.type == 'image']
     return [replace(m, parts=[measured(p, images) if p.type == 'box' else p for p in m.parts]) for m in messages]
 
@@ -385,8 +386,13 @@ def with_parts(
     sample:Sample, # any
     change, # part -> part
 )->Sample: # every part changed, of both conversations
-    "A sample of other parts."
-    return replace(sample, **{k: [replace(m, parts=map(change, m.parts)) for m in getattr(sample, k)] for k in ('messages', 'rejected')})
+    "A sample of other parts; itself where nothing is changed."
+    def each(f, old): # old, if f leaves all of it as it is
+        new = tuple(map(f, old))
+        return old if all(a is b for a, b in zip(new, old)) else new
+    message = lambda m: m if (parts := each(change, m.parts)) is m.parts else replace(m, parts=parts)
+    new = {k: each(message, getattr(sample, k)) for k in ('messages', 'rejected')}
+    return sample if all(v is getattr(sample, k) for k, v in new.items()) else replace(sample, **new)
 
 # %% ../../nbs/data/06_rows.ipynb #75d22e1e
 def save_media(

@@ -30,8 +30,9 @@ def each_medium(
     "Do something with every medium; a complaint gets the row's address."
     def done(p):
         if p.type not in MEDIA: return p
-        try: return replace(p, value=use(p.value, p.type))
+        try: value = use(p.value, p.type)
         except MediaError as e: raise RowError(str(e), sample.origin, p.where or p.type) from None
+        return p if value is p.value else replace(p, value=value)
     return with_parts(sample, done)
 
 def decode(

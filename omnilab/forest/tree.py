@@ -28,8 +28,9 @@ class Row:
     steps:tuple[int, ...] = ()                  # positions beyond which the model reads a row with other frequencies
 
     def __post_init__(self):
-        if len(self.ids) != len(self.target): raise ValueError(f'row {self.origin}: {len(self.ids)} ids but {len(self.target)} target marks')
-        if not len(self.ids): raise ValueError(f'row {self.origin}: no tokens')
+        n, marks = self.ids.numel(), self.target.numel()
+        if n != marks: raise ValueError(f'row {self.origin}: {n} ids but {marks} target marks')
+        if not n: raise ValueError(f'row {self.origin}: no tokens')
         if self.target[0]: raise ValueError(f'row {self.origin}: the first token is a target, but nothing comes before it that could predict it')
 
     def __len__(self): return len(self.ids)
