@@ -28,7 +28,7 @@ def entries(
     names = [o.name for o in options(SFTRecipe)]
     short = {n.rpartition('.')[2]: n for n in reversed(names)}
     for k, v in given.items():
-        if k not in short: raise unknown(Entry(k, v, 'lab.sft'), names)
+        if k not in short: raise unknown(Entry(k, v, 'lab.sft'), list(short))
     return [Entry(short[k], v, 'lab.sft') for k, v in given.items()]
 
 # %% ../nbs/30_lab.ipynb #03fb5933

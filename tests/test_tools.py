@@ -39,13 +39,15 @@ def test_a_page_is_plain_and_its_headings_can_be_linked():
     "Quarto's words go, a title comes from the front matter, links lead to pages, equal headings get different anchors."
     md = lambda text: dict(cell_type='markdown', id='i', metadata={}, source=text)
     front = dict(cell_type='raw', id='r', metadata={}, source="---\ntitle: T\ndescription: 'it is'\n---\n")
-    code = dict(cell_type='code', id='c', metadata={}, source='#| exports\nx = 1', outputs=[], execution_count=3)
+    code = dict(cell_type='code', id='c', metadata={}, source='#| exports\nx = 1', execution_count=3,
+                outputs=[dict(output_type='stream', name=n, text=n) for n in ('stdout', 'stderr')])
     nb = dict(cells=[front, md('## `T` [n](../01_m.ipynb)'), md('see [a](/data/b.html#c)'), code], metadata={}, nbformat=4, nbformat_minor=5)
     made = docs.page(nb, docs.Path('data/00_a.ipynb'))['cells']
     text = [c['source'] for c in made]
     assert text[0].startswith('# T <a id="t"></a>\n> it is')
     assert '../m.html' in text[1] and '`' not in text[1]
     assert text[2] == 'see [a](b.html#c)' and text[3] == 'x = 1' and made[3]['execution_count'] is None
+    assert [o['text'] for o in made[3]['outputs']] == ['stdout']           # no progress bars
     assert json.dumps(made)
 
 

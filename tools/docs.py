@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import yaml
+from tqdm import tqdm
 from markdown.extensions.toc import slugify, unique
 from omnilab._modidx import d as modidx
 
@@ -44,7 +45,9 @@ def run_all():
         if p.suffix in ('.ipynb', '.yml'): continue
         (RAN/p.relative_to(NBS)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(p, RAN/p.relative_to(NBS))
-    with ThreadPoolExecutor(2) as pool: return [e for e in pool.map(run_notebook, [p for p in files if p.suffix == '.ipynb']) if e]
+    books = [p for p in files if p.suffix == '.ipynb']
+    bar = tqdm(desc='notebooks', total=len(books), unit='')
+    with ThreadPoolExecutor(2) as pool: return [e for e in pool.map(lambda p: (run_notebook(p), bar.update())[0], books) if e]
 
 
 def heading(cell):
@@ -70,7 +73,8 @@ def page(nb, at):
         c['metadata'], source = {}, ''.join(c['source'])
         if c['cell_type'] == 'code':
             if re.search(r'^#\| *echo: *false', source, re.M): c['metadata']['tags'] = ['no-input']
-            c.update(execution_count=None, outputs=c.get('outputs', []), source=re.sub(r'^#\|.*\n?', '', source, flags=re.M))
+            shown = [o for o in c.get('outputs', []) if o.get('name') != 'stderr']          # progress bars are for who waits
+            c.update(execution_count=None, outputs=shown, source=re.sub(r'^#\|.*\n?', '', source, flags=re.M))
         else:
             source = re.sub(r'^(#+ )(.*)', titled, source, flags=re.M)
             source = re.sub(r'(\]\()([^)\s:]+\.ipynb)', lambda m: m[1] + html_name(m[2]), source)
@@ -110,7 +114,8 @@ def render():
     config = dict(site_name='omnilab', docs_dir=str(PAGES), site_dir=str(SITE), use_directory_urls=False, nav=list(nav(quarto['sidebar']['contents'])),
                   theme=theme, extra_css=['styles.css'], plugins=['search', {'mkdocs-jupyter': jupyter}])
     (BUILD/'mkdocs.yml').write_text(yaml.safe_dump(config, sort_keys=False))
-    done = subprocess.run([sys.executable, '-m', 'mkdocs', 'build', '--quiet', '--clean', '-f', BUILD/'mkdocs.yml'], capture_output=True, text=True)
+    words = [sys.executable, '-m', 'mkdocs', 'build', '--quiet', '--clean', '-f', BUILD/'mkdocs.yml']
+    done = subprocess.run(words, cwd=BUILD, capture_output=True, text=True)      # its cache lands there, too
     if done.returncode: sys.exit(done.stderr[-3000:])
 
 
@@ -140,8 +145,10 @@ def broken():
 
 if __name__ == '__main__':
     if '--force' in sys.argv: shutil.rmtree(BUILD, ignore_errors=True)
-    wrong = run_all()
+    wrong = run_all()                       # minutes for what changed; nothing for the rest
+    print('signatures and links of all pages: some minutes', file=sys.stderr)
     write_pages()
+    print('pages', file=sys.stderr)
     render()
     wrong += broken()
     print('\n'.join(wrong) or f'{len(list(SITE.rglob("*.html")))} pages, every link resolves: {SITE.relative_to(ROOT)}/index.html')

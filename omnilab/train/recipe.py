@@ -351,7 +351,9 @@ def unknown(
     "What to say about a name that doesn't exist."
     last = {n.rpartition('.')[2]: n for n in reversed(names)}
     word = e.name.rpartition('.')[2].replace('-', '_')
-    near = [o for o in [PEERS.get(word)] if o in names] or get_close_matches(e.name, names, 1, .75) or [last[n] for n in get_close_matches(word, last, 1, .75)]
+    ours = PEERS.get(word, '')
+    near = [o for o in (ours, ours.rpartition('.')[2]) if o in names] or get_close_matches(e.name, names, 1, .75)
+    near = near or [last[n] for n in get_close_matches(word, last, 1, .75)]
     return RecipeError(f'{e.where} {e.name}: no such option; ' + (f'did you mean {near[0]}?' if near else 'see --help for all of them'))
 
 # %% ../../nbs/train/00_recipe.ipynb #c2fc9685

@@ -85,7 +85,7 @@ def draw_curves(
             noisy = len(y) > 30 and name != 'lr'
             if noisy: ax.plot(x, y, color=f'C{i}', alpha=.25, lw=.8)
             ax.plot(x, smooth(y, min(.98, 1 - 8 / len(y))) if noisy else y, '-' if len(y) > 30 else '.-', color=f'C{i}', lw=1.4, label=label(name))
-        ax.set_title(title, loc='left'); ax.margins(x=.02)
+        ax.set_title(title, loc='left'); ax.margins(x=.02); ax.xaxis.get_major_locator().set_params(integer=True)
         if len(curves) > 1 or title.endswith(('modality', 'diversity')): ax.legend(frameon=False, fontsize=8)
     for ax in fig.axes[len(shown):]: ax.remove()
     return fig
