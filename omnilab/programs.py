@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['main_world', 'USES', 'main_data', 'main_cache', 'main_compare', 'program', 'WorldRecipe', 'do_world', 'DataRecipe',
-           'do_data', 'CacheRecipe', 'do_cache', 'CompareRecipe', 'do_compare']
+           'check_used', 'do_data', 'CacheRecipe', 'cells', 'do_cache', 'CompareRecipe', 'do_compare']
 
-# %% ../nbs/31_programs.ipynb #837c0e82
+# %% ../nbs/31_programs.ipynb #4744c2a0
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from typing import Literal
 from .settings import settings
 from .train.recipe import Count, RecipeError, Size, Whole, command, opt
 
-# %% ../nbs/31_programs.ipynb #c2391758
+# %% ../nbs/31_programs.ipynb #430338fe
 def program(
     recipe:type, # what may be said: a dataclass of options
     do:Callable, # what is done, with a filled one
@@ -24,7 +24,7 @@ def program(
     def main(argv:list[str]|None=None, name:str=''): return do(command(recipe, argv, name))
     return main
 
-# %% ../nbs/31_programs.ipynb #c6d36247
+# %% ../nbs/31_programs.ipynb #85ea77d1
 @dataclass
 class WorldRecipe:
     "Write a data set of the procedural world: rows (JSONL) and their media, in one folder."
@@ -35,7 +35,7 @@ class WorldRecipe:
     tasks:list[str] = opt([], 'names of tasks; none: all that are drawn (handwritten digits are asked for by name)')
     share:Count = opt(1, 'rows in a row that look at the same picture, sound or clip')
 
-# %% ../nbs/31_programs.ipynb #3ae33902
+# %% ../nbs/31_programs.ipynb #e660c4be
 def do_world(
     r:WorldRecipe, # as the command line says
 ):
@@ -48,7 +48,7 @@ def do_world(
 
 main_world = program(WorldRecipe, do_world)
 
-# %% ../nbs/31_programs.ipynb #7b4591bb
+# %% ../nbs/31_programs.ipynb #ded4473d
 @dataclass
 class DataRecipe:
     "List public data sets, show the card of one, or write its rows (JSONL) and their media."
@@ -62,15 +62,23 @@ class DataRecipe:
     on_error:Literal['raise', 'skip'] = opt('raise', "load: a row that can't be read: end, or leave it out and count it")
     out:str = opt('', 'load: file of rows to write, media beside it')
 
-# %% ../nbs/31_programs.ipynb #a297e992
+# %% ../nbs/31_programs.ipynb #fd346788
 USES = {'list': ('modality', 'task'), 'show': ('name',), 'load': ('name', 'split', 'path', 'rows', 'on_error', 'out')}
+
+def check_used(
+    r, # options, as the command line says
+    name:str, # of what is done with them
+    used:tuple[str, ...], # which it looks at
+):
+    "Raise where an option would be ignored."
+    idle = [k for k, v in vars(r).items() if v != getattr(type(r)(), k) and k not in used]
+    if idle: raise RecipeError(f'--{idle[0]}: not used by omnilab {name}; expected {", ".join(f"--{k}" for k in used[1:])}')
 
 def do_data(
     r:DataRecipe, # as the command line says
 ):
     "Answer what is asked about data sets."
-    idle = [k for k, v in vars(r).items() if v != getattr(type(r)(), k) and k not in ('do', *USES[r.do])]
-    if idle: raise RecipeError(f'--{idle[0]}: not used by omnilab data {r.do}; expected {", ".join(f"--{k}" for k in USES[r.do])}')
+    check_used(r, f'data {r.do}', ('do', *USES[r.do]))
     for k, expected in ('name', 'a card (omnilab data list)'), ('out', 'a file to write'):
         if k in USES[r.do] and not getattr(r, k): raise RecipeError(f'--{k}: not given; expected {expected}')
     from omnilab.data import cards
@@ -83,7 +91,7 @@ def do_data(
 
 main_data = program(DataRecipe, do_data)
 
-# %% ../nbs/31_programs.ipynb #6aef65b2
+# %% ../nbs/31_programs.ipynb #d5f09c9d
 @dataclass
 class CacheRecipe:
     "Look after the cache of encoded rows."
@@ -93,27 +101,34 @@ class CacheRecipe:
     days:Size = opt(0., 'rm: only what was written more than so many days ago')
     all:bool = opt(False, 'rm: everything')
 
-# %% ../nbs/31_programs.ipynb #beba041e
+# %% ../nbs/31_programs.ipynb #5bf64bd2
+def cells(rows:list[dict])->list[tuple[str, ...]]: # the head first
+    "What a cache holds, as people read it."
+    def size(n): return next(f'{n / 1000**i:,.0f} {u}' for i, u in enumerate(('B', 'kB', 'MB', 'GB', 'TB')) if n < 1000**(i + 1) or u == 'TB')
+    return [tuple(rows[0]), *(tuple(size(v) if k == 'bytes' else f'{v:,}' if isinstance(v, int) else v for k, v in r.items()) for r in rows)]
+
 def do_cache(
     r:CacheRecipe, # as the command line says
 ):
     "Look after a cache."
+    check_used(r, f'cache {r.action}', ('action', 'folder', *(('encoder', 'days', 'all') if r.action == 'rm' else ())))
     if r.action == 'rm' and not (r.encoder or r.days or r.all): raise RecipeError('rm: nothing is named; expected --encoder NAME, --days N or --all')
+    if r.folder != CacheRecipe().folder and not Path(r.folder).is_dir(): raise RecipeError(f'--folder {r.folder}: no such folder; expected one of a cache')
     from omnilab.forest.cache import inventory, remove, verify
     if r.action == 'rm': print(f'{len(remove(r.folder, r.encoder, r.days))} files removed: {r.folder}')
     elif r.action == 'verify':
         whole, broken = verify(r.folder)
         print('\n'.join([*(f'broken, set aside: {p}' for p in broken), f'{whole} whole files, {len(broken)} broken: {r.folder}']))
         if broken: sys.exit(1)
+    elif not (rows := inventory(r.folder)): print(f'nothing: {r.folder}')
     else:
-        rows = [{k: f'{v:,}' if isinstance(v, int) else v for k, v in row.items()} for row in inventory(r.folder)]
-        if not rows: print(f'nothing: {r.folder}'); return
-        wide = {k: max(len(k), *(len(row[k]) for row in rows)) for k in rows[0]}
-        for row in [{k: k for k in wide}, *rows]: print('  '.join(row[k].ljust(w) for k, w in wide.items()).rstrip())
+        table, right = cells(rows), [isinstance(v, int) for v in rows[0].values()]
+        wide = [max(map(len, column)) for column in zip(*table)]
+        for row in table: print('  '.join(c.rjust(w) if n else c.ljust(w) for c, w, n in zip(row, wide, right)).rstrip())
 
 main_cache = program(CacheRecipe, do_cache)
 
-# %% ../nbs/31_programs.ipynb #6abb92d3
+# %% ../nbs/31_programs.ipynb #84a91434
 @dataclass
 class CompareRecipe:
     "Put runs side by side: options, curves, scores, answers."
@@ -122,7 +137,7 @@ class CompareRecipe:
     more:list[str] = opt([], 'folders of others')
     output:str = opt('', 'the page; empty: compare.html in the folder of the last run')
 
-# %% ../nbs/31_programs.ipynb #91beea89
+# %% ../nbs/31_programs.ipynb #73cccfb2
 def do_compare(
     r:CompareRecipe, # as the command line says
 ):

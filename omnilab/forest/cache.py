@@ -505,7 +505,11 @@ def remove(
 )->list[Path]: # files that are gone
     "Remove shards; those who are reading them go on."
     folder = Path(folder)
-    names = {r['encoder'] for r in inventory(folder) if encoder in ('', r['encoder'], r['processor'])}
+    held = inventory(folder)
+    names = {r['encoder'] for r in held if encoder in ('', r['encoder'], r['processor'])}
+    if encoder and not names:
+        there = ', '.join(dict.fromkeys(x for r in held for x in (r['encoder'], r['processor'])))
+        raise ValueError(f'cache {folder}: no encoder {encoder!r}; expected one of {there or "none, it is empty"}')
     gone = [p for p in [*folder.glob('*-*.safetensors'), *folder.glob('*-*.broken')] if p.name.partition('-')[0] in names]
     gone = [p for p in gone if time.time() - p.stat().st_mtime >= days * 86_400]
     for p in gone: p.unlink(missing_ok=True)
