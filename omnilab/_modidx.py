@@ -2064,6 +2064,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'omnilab.programs.CompareRecipe': ('programs.html#comparerecipe', 'omnilab/programs.py'),
                                   'omnilab.programs.DataRecipe': ('programs.html#datarecipe', 'omnilab/programs.py'),
                                   'omnilab.programs.WorldRecipe': ('programs.html#worldrecipe', 'omnilab/programs.py'),
+                                  'omnilab.programs.cells': ('programs.html#cells', 'omnilab/programs.py'),
+                                  'omnilab.programs.check_used': ('programs.html#check_used', 'omnilab/programs.py'),
                                   'omnilab.programs.do_cache': ('programs.html#do_cache', 'omnilab/programs.py'),
                                   'omnilab.programs.do_compare': ('programs.html#do_compare', 'omnilab/programs.py'),
                                   'omnilab.programs.do_data': ('programs.html#do_data', 'omnilab/programs.py'),

@@ -7,7 +7,7 @@ __all__ = ['DIVIDED', 'BUCKET', 'LIVE', 'MemoryRecipe', 'card_bytes', 'described
            'layers', 'gathered', 'shares', 'longest', 'draw', 'Foreseen', 'draw_both', 'planner', 'plan', 'real',
            'main']
 
-# %% ../../nbs/memory/03_planner.ipynb #2c58e03c
+# %% ../../nbs/memory/03_planner.ipynb #a1c25531
 import json, re, sys
 from copy import deepcopy
 from dataclasses import dataclass
@@ -18,10 +18,10 @@ from ..train.allowed import check
 from ..train.feed import plan_packs, read_files
 from ..train.launch import refuse
 from ..train.model import load_model
-from ..train.recipe import Count, RecipeError, SFTRecipe, command, opt
+from ..train.recipe import Count, RecipeError, SFTRecipe, command, one_line, opt
 from ..variant import varied
 
-# %% ../../nbs/memory/03_planner.ipynb #38ef4dee
+# %% ../../nbs/memory/03_planner.ipynb #f1709127
 @dataclass
 class MemoryRecipe(SFTRecipe):
     "What a run holds at its worst, before it is begun; no weights are read, unless it is measured too."
@@ -42,7 +42,7 @@ def card_bytes(
     if not found: raise RecipeError(f'card = {text!r}: expected a number and MB, GB or TB, such as 24GB')
     return int(float(found[1]) * 2**(10 * (2 + 'MGT'.index(found[2].upper()))))
 
-# %% ../../nbs/memory/03_planner.ipynb #6a76a274
+# %% ../../nbs/memory/03_planner.ipynb #bd355bb7
 def described(
     recipe:SFTRecipe, # its `model` and `media`
 ): # models.load.Loaded: a model without numbers, and its processor
@@ -60,7 +60,7 @@ def described(
     dtype = getattr(torch, m.dtype, None) or config.dtype or torch.float32
     return add_tokens(Loaded(hollow(config, dtype), configure(read(AutoProcessor, m.name), **asdict(recipe.media)), m.name), m.new_tokens)
 
-# %% ../../nbs/memory/03_planner.ipynb #e0a2a343
+# %% ../../nbs/memory/03_planner.ipynb #cfc13cd4
 def worst(
     packs, # forest.bins.Packs
     n:int, # packs of a step of this process
@@ -83,7 +83,7 @@ def grown(
         out.append(t); n += len(t)
     return collate(out)
 
-# %% ../../nbs/memory/03_planner.ipynb #26043395
+# %% ../../nbs/memory/03_planner.ipynb #54d0afe6
 def foresee(
     recipe:MemoryRecipe, # what would be run
     loaded, # model and processor
@@ -93,7 +93,7 @@ def foresee(
     from omnilab.memory.trace import remembered
     return remembered(settings.paths.runs/'traces', loaded.model, packs, recipe, loaded.processor, recipe.logits)
 
-# %% ../../nbs/memory/03_planner.ipynb #78ada472
+# %% ../../nbs/memory/03_planner.ipynb #52102ca1
 def choices(
     recipe:MemoryRecipe, # of the run
 )->dict[str, MemoryRecipe]: # what is changed -> the recipe with it
@@ -116,7 +116,7 @@ def choices(
     out |= {f'quantize {k}': but('model', quantize=k) for k in ('nf4', 'int8') if k != recipe.model.quantize and a != 'none'}
     return {k: r for k, r in out.items() if r.ranks == 1 or r.shared == 'ddp' or r.train.optimizer == 'adamw' and r.model.quantize == 'none'}
 
-# %% ../../nbs/memory/03_planner.ipynb #a6922e79
+# %% ../../nbs/memory/03_planner.ipynb #65fdfaf0
 DIVIDED = {'ddp': (), 'fsdp2': ('weights', 'gradients', 'optimiser'), 'zero2': ('gradients', 'optimiser'), 'zero3': ('weights', 'gradients', 'optimiser')}
 BUCKET, LIVE = 4 * 500_000_000, 4 * 1_000_000_000       # bytes, of single precision
 
@@ -129,7 +129,7 @@ def layers(
     if not sizes: raise ValueError(f'{type(model).__name__} names no layers to divide by; expected _no_split_modules')
     return sizes
 
-# %% ../../nbs/memory/03_planner.ipynb #12aaff43
+# %% ../../nbs/memory/03_planner.ipynb #d568475d
 def gathered(
     t, # memory.trace.Trace, of one process alone
     model, # without numbers, and without adapters
@@ -150,7 +150,7 @@ def gathered(
     at = np.searchsorted(first, np.arange(n), 'right').clip(1) - 1
     return np.choose(at, [ways.get(name, outside + 2 * layer + 0 * grads) for name in names]).astype(int)
 
-# %% ../../nbs/memory/03_planner.ipynb #85d81e09
+# %% ../../nbs/memory/03_planner.ipynb #b45ab198
 def shares(
     t, # memory.trace.Trace, of one process alone
     model, # without numbers
@@ -164,7 +164,7 @@ def shares(
     worst = np.sum([*kinds.values()], 0).argmax()
     return {k: int(v[worst]) for k, v in kinds.items()}
 
-# %% ../../nbs/memory/03_planner.ipynb #905fb187
+# %% ../../nbs/memory/03_planner.ipynb #491d1709
 def longest(
     peak, # tokens -> bytes at the worst moment
     card:int, # bytes
@@ -183,7 +183,7 @@ def longest(
     fits = {n: p for n, p in known.items() if p <= card}
     return max(fits.items(), default=(0, 0))
 
-# %% ../../nbs/memory/03_planner.ipynb #fcce4cea
+# %% ../../nbs/memory/03_planner.ipynb #453e25cb
 def draw(
     splits:dict[str, dict[str, int]], # choice -> bytes by kind
     card:int=0, # bytes; 0: none
@@ -202,7 +202,7 @@ def draw(
     ax.legend(frameon=False, fontsize=8, loc='center left', bbox_to_anchor=(1, .5))
     return ax
 
-# %% ../../nbs/memory/03_planner.ipynb #984e3103
+# %% ../../nbs/memory/03_planner.ipynb #8fe95370
 @dataclass
 class Foreseen:
     "What a recipe will hold."
@@ -246,7 +246,7 @@ class Foreseen:
     def show(self, most:int=8): # processes at most
         return planner(self, most)
 
-# %% ../../nbs/memory/03_planner.ipynb #65e722b3
+# %% ../../nbs/memory/03_planner.ipynb #4d41cbb7
 def draw_both(
     found:Foreseen, # what was found
     card:int=0, # bytes; 0: none
@@ -261,7 +261,7 @@ def draw_both(
     if found.ranks > 1: bottom.set_title('one process alone', fontsize=9, loc='left')
     return fig
 
-# %% ../../nbs/memory/03_planner.ipynb #fa30f80b
+# %% ../../nbs/memory/03_planner.ipynb #a95735e9
 def planner(
     found:Foreseen, # what was found
     most:int=8, # processes
@@ -276,7 +276,7 @@ def planner(
         return fig
     return view(picture, ranks=slider('ranks', most, 1, found.ranks), card=slider('card', 80))
 
-# %% ../../nbs/memory/03_planner.ipynb #a225be38
+# %% ../../nbs/memory/03_planner.ipynb #bfe9225d
 @varied
 def plan(
     recipe:MemoryRecipe, # what would be run
@@ -309,7 +309,7 @@ def real(
     from omnilab.memory.measure import measure
     return measure(recipe, loaded if loaded and recipe.model.quantize == 'none' else load_model(recipe), packs, recipe.logits)
 
-# %% ../../nbs/memory/03_planner.ipynb #6d925393
+# %% ../../nbs/memory/03_planner.ipynb #867103c9
 def main(
     argv:list[str]|None=None, # words of the command line; None: this program's
     name:str='omnilab memory', # how it is called
@@ -317,7 +317,7 @@ def main(
     "Foresee memory as the command line says."
     recipe = command(MemoryRecipe, argv, name)
     try: found = plan(recipe)
-    except (ValueError, OSError) as e: print(f'{name}: {" ".join(str(e).split())}', file=sys.stderr); sys.exit(2)
+    except (ValueError, OSError) as e: print(f'{name}: {one_line(e)}', file=sys.stderr); sys.exit(2)
     print(found)
     if recipe.keep: print(found.save(recipe.output))
     if recipe.picture: found.draw(card_bytes(recipe.card) if recipe.card else 0).savefig(recipe.picture); print(recipe.picture)

@@ -7,7 +7,7 @@ __all__ = ['rng_state', 'set_rng_state', 'divide_again', 'undisturbed', 'gathere
            'load_weights', 'fsync', 'write_folder', 'checkpoints', 'better', 'measured', 'best', 'prune', 'flat',
            'differences', 'snapshot', 'save', 'go_on', 'resume', 'Checkpoint']
 
-# %% ../../nbs/train/06_checkpoint.ipynb #432e7751
+# %% ../../nbs/train/06_checkpoint.ipynb #6b1b287a
 import io, json, math, os, random, re, shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map_only
 from .loop import Run
 from .recipe import aim
 
-# %% ../../nbs/train/06_checkpoint.ipynb #55adbbc1
+# %% ../../nbs/train/06_checkpoint.ipynb #2b8d4f4b
 def rng_state()->dict: # plain numbers and tensors
     "The state of every random generator of this process."
     name, keys, *rest = np.random.get_state()
@@ -41,7 +41,7 @@ def set_rng_state(
     random.setstate(state['python'])
     np.random.set_state((state['numpy'][0], np.array(state['numpy'][1], dtype=np.uint32), *state['numpy'][2:]))
 
-# %% ../../nbs/train/06_checkpoint.ipynb #77e98b3c
+# %% ../../nbs/train/06_checkpoint.ipynb #056d0e9f
 def divide_again(
     model:nn.Module, # of a run; changed in place
 ):
@@ -63,7 +63,7 @@ def undisturbed(
         for m, mode in modes.items(): m.training = mode
         if model is not None: divide_again(model)
 
-# %% ../../nbs/train/06_checkpoint.ipynb #f65fc064
+# %% ../../nbs/train/06_checkpoint.ipynb #6033cb06
 def gathered(
     tree:Any, # nested tensors; every process must ask
 )->Any: # the same, whole, where weights are divided among processes
@@ -91,7 +91,7 @@ def divided_state(
     cut = {i: {k: divided(v, params[i]) if torch.is_tensor(v) else v for k, v in s.items()} for i, s in state['state'].items()}
     return {**state, 'state': cut}
 
-# %% ../../nbs/train/06_checkpoint.ipynb #710b8f2a
+# %% ../../nbs/train/06_checkpoint.ipynb #0f5864aa
 def moving(
     model:nn.Module, # of the run
 )->dict[str, Tensor]: # by name, the model's own tensors
@@ -111,7 +111,7 @@ def load_weights(
     with torch.no_grad():
         for n, t in tensors.items(): fill(mine[n], t) if divided_by_zero(mine[n]) else mine[n].copy_(divided(t, mine[n]))
 
-# %% ../../nbs/train/06_checkpoint.ipynb #889ab463
+# %% ../../nbs/train/06_checkpoint.ipynb #bb297411
 def fsync(
     path:Path, # a file or a folder
 ):
@@ -138,7 +138,7 @@ def write_folder(
     fsync(target.parent)
     return target
 
-# %% ../../nbs/train/06_checkpoint.ipynb #3bc6d9b3
+# %% ../../nbs/train/06_checkpoint.ipynb #65e51947
 def checkpoints(
     folder:Path, # a run's folder of checkpoints
 )->list[Path]: # the oldest first
@@ -167,7 +167,7 @@ def best(
         if better(metric, measured(p), measured(found) if found else None): found = p
     return found
 
-# %% ../../nbs/train/06_checkpoint.ipynb #2d72af7c
+# %% ../../nbs/train/06_checkpoint.ipynb #7432bcff
 def prune(
     folder:Path, # a run's folder of checkpoints
     keep:int, # how many of the newest stay; 0: all
@@ -179,7 +179,7 @@ def prune(
         if p != stays: p.rename(p.with_name(f'.{p.name}.part'))
     for p in Path(folder).glob('.step-*.part'): shutil.rmtree(p)
 
-# %% ../../nbs/train/06_checkpoint.ipynb #f66fde2d
+# %% ../../nbs/train/06_checkpoint.ipynb #1e08353b
 def flat(
     tree:dict, # nested
     prefix:str='', # of the keys
@@ -197,7 +197,7 @@ def differences(
     show = lambda d, k: repr(d[k]) if k in d else 'absent'
     return [f'{k}: {show(a, k)} in the checkpoint, {show(b, k)} now' for k in sorted(a.keys() | b.keys()) if k not in free and show(a, k) != show(b, k)]
 
-# %% ../../nbs/train/06_checkpoint.ipynb #90dbc3bc
+# %% ../../nbs/train/06_checkpoint.ipynb #873f2593
 def snapshot(
     run:Run, # between two steps
 )->dict: # plain numbers and tensors
@@ -226,7 +226,7 @@ def save(
     run.accelerator.wait_for_everyone()
     return target
 
-# %% ../../nbs/train/06_checkpoint.ipynb #a1d5c164
+# %% ../../nbs/train/06_checkpoint.ipynb #a3ea100f
 def go_on(
     states:list[dict], # random state of each process that wrote the checkpoint
     accelerator, # knows this process
@@ -237,7 +237,7 @@ def go_on(
     set_rng_state(states[min(rank, len(states) - 1)])
     if rank >= len(states): torch.manual_seed(torch.initial_seed() + rank)
 
-# %% ../../nbs/train/06_checkpoint.ipynb #c1c8c827
+# %% ../../nbs/train/06_checkpoint.ipynb #469e4bf3
 def resume(
     run:Run, # freshly prepared from the same recipe; changed in place
     folder:Path, # of the run's checkpoints
@@ -247,7 +247,7 @@ def resume(
     "Put a run to where its last checkpoint was written."
     if not (found := checkpoints(folder)): return None
     path = found[-1]
-    if d := differences(json.loads((path/'recipe.json').read_text()), recipe, free): raise ValueError(f'{path} was made by another recipe: {"; ".join(d)}')
+    if d := differences(json.loads((path/'recipe.json').read_text()), recipe, free): raise ValueError(f'{path} was made by another recipe: {"; ".join(d)}; expected the same one, or another output')
     state = torch.load(path/'state.pt', map_location='cpu', weights_only=True)
     load_weights(run.model, load_file(path/'weights.safetensors'), str(path))
     for o, s in zip(run.optimizers, state['optimizers'], strict=True): o.load_state_dict(divided_state(s, o))
@@ -257,7 +257,7 @@ def resume(
     go_on(state['rng'], run.accelerator)
     return path
 
-# %% ../../nbs/train/06_checkpoint.ipynb #49f17827
+# %% ../../nbs/train/06_checkpoint.ipynb #c423d0d6
 class Checkpoint:
     "Save every so many steps, where the run was never better, and at the end."
     def __init__(self,
