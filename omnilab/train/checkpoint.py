@@ -247,7 +247,8 @@ def resume(
     "Put a run to where its last checkpoint was written."
     if not (found := checkpoints(folder)): return None
     path = found[-1]
-    if d := differences(json.loads((path/'recipe.json').read_text()), recipe, free): raise ValueError(f'{path} was made by another recipe: {"; ".join(d)}; expected the same one, or another output')
+    if d := differences(json.loads((path/'recipe.json').read_text()), recipe, free):
+        raise ValueError(f'{path} was made by another recipe: {"; ".join(d)}; expected the same one, or another output')
     state = torch.load(path/'state.pt', map_location='cpu', weights_only=True)
     load_weights(run.model, load_file(path/'weights.safetensors'), str(path))
     for o, s in zip(run.optimizers, state['optimizers'], strict=True): o.load_state_dict(divided_state(s, o))
