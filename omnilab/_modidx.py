@@ -2136,6 +2136,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 'omnilab.things.attach': ('things.html#attach', 'omnilab/things.py'),
                                 'omnilab.things.conversation': ('things.html#conversation', 'omnilab/things.py'),
                                 'omnilab.things.dashboard': ('things.html#dashboard', 'omnilab/things.py'),
+                                'omnilab.things.datasets': ('things.html#datasets', 'omnilab/things.py'),
                                 'omnilab.things.draw_answer': ('things.html#draw_answer', 'omnilab/things.py'),
                                 'omnilab.things.launch_line': ('things.html#launch_line', 'omnilab/things.py'),
                                 'omnilab.things.link': ('things.html#link', 'omnilab/things.py'),

@@ -4,21 +4,21 @@
 
 # %% auto #0
 __all__ = ['entries', 'keep_rows', 'run_name', 'plan', 'sft', 'live', 'LiveCurves', 'cells', 'memory', 'evaluate', 'compare',
-           'Answer', 'Model', 'Packs', 'Rows', 'Run', 'attach', 'dashboard', 'load', 'pack', 'read']
+           'Answer', 'Model', 'Packs', 'Rows', 'Run', 'attach', 'dashboard', 'datasets', 'load', 'pack', 'read']
 
-# %% ../nbs/30_lab.ipynb #9dabedca
+# %% ../nbs/30_lab.ipynb #e7ebede7
 import hashlib, json
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from .data.samples import Samples, save_media, to_row
 from .settings import settings
-from .things import Answer, Model, Packs, Rows, Run, attach, dashboard, load, pack, read
+from .things import Answer, Model, Packs, Rows, Run, attach, dashboard, datasets, load, pack, read
 from .train.recipe import Entry, SFTRecipe, build, options, to_yaml, unknown
 from .variant import ACTIVE, applied, found, offer
 
-# %% ../nbs/30_lab.ipynb #88625f76
-_all_ = ['Answer', 'Model', 'Packs', 'Rows', 'Run', 'attach', 'dashboard', 'load', 'pack', 'read']      # the things, said as words of the lab
+# %% ../nbs/30_lab.ipynb #00c5e662
+_all_ = ['Answer', 'Model', 'Packs', 'Rows', 'Run', 'attach', 'dashboard', 'datasets', 'load', 'pack', 'read']      # the things, said as words of the lab
 
 # %% ../nbs/30_lab.ipynb #12360386
 def entries(
@@ -114,7 +114,7 @@ class LiveCurves:
         if self.handle: self.handle.update(page)
         else: self.handle = display(page, display_id=True)
 
-# %% ../nbs/30_lab.ipynb #1574fbfc
+# %% ../nbs/30_lab.ipynb #b3bb51aa
 def cells(
     *names:str, # that %%variant keeps, or files
 ): # context manager; a run within it keeps them in its folder
@@ -123,7 +123,7 @@ def cells(
 
 offer()     # %%variant
 
-# %% ../nbs/30_lab.ipynb #3e30a002
+# %% ../nbs/30_lab.ipynb #62a8486c
 def memory(
     m:Model, # to start from; stays as it is
     p:Packs, # to learn from
