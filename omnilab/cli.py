@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['GO_ON', 'COMMANDS', 'QUIET', 'Command', 'usage', 'UsageError', 'named', 'load_program', 'complain', 'run', 'main']
 
-# %% ../nbs/32_cli.ipynb #78f0e082
+# %% ../nbs/32_cli.ipynb #10314b99
 import os, sys, traceback
 from difflib import get_close_matches
 from importlib import import_module
 from typing import NamedTuple
 
-# %% ../nbs/32_cli.ipynb #5203e0da
+# %% ../nbs/32_cli.ipynb #d81b2568
 class Command(NamedTuple):
     "A sub-command."
     help:str # one line
@@ -37,7 +37,7 @@ COMMANDS = {
     'check': Command('ask a model whether it can be trained as it is', 'omnilab.train.evaluate:main_check', ('name',)),
 }
 
-# %% ../nbs/32_cli.ipynb #35e54c36
+# %% ../nbs/32_cli.ipynb #e9a1d14d
 def usage()->str: # for the terminal
     "What `omnilab --help` says."
     wide = max(map(len, COMMANDS))
@@ -48,7 +48,7 @@ def usage()->str: # for the terminal
                       'omnilab COMMAND --print-config    the recipe it would run, as YAML',
                       'omnilab COMMAND --traceback       where an error comes from', ''])
 
-# %% ../nbs/32_cli.ipynb #465a8ef0
+# %% ../nbs/32_cli.ipynb #fe79987c
 class UsageError(ValueError):
     "A command line that can't be understood: one line."
 
@@ -66,7 +66,7 @@ def named(
         raise UsageError(f'{bare[len(words)]!r}: expected {expected}, then --name value')
     return files + [x for name, value in zip(words, bare) for x in (f'--{name}', value)] + argv[n:]
 
-# %% ../nbs/32_cli.ipynb #a60108a8
+# %% ../nbs/32_cli.ipynb #e8107711
 def load_program(
     c:Command, # a sub-command
 ): # its function
@@ -81,14 +81,15 @@ def complain(
     trace:bool, # show where
 )->int: # exit status
     "An error in one line."
-    from omnilab.train.recipe import one_line
+    try: from omnilab.train.recipe import error_line
+    except ValueError: error_line = str                        # the settings are wrong, which is what is said here
     known = isinstance(e, ValueError | OSError)
     if trace: traceback.print_exception(e)
     hint = '' if trace or known else ' (--traceback shows where)'
-    print(f'{name}: {"" if known else type(e).__name__ + ": "}{one_line(e) or "stopped"}{hint}', file=sys.stderr)
+    print(f'{name}: {"" if known else type(e).__name__ + ": "}{error_line(e) or "stopped"}{hint}', file=sys.stderr)
     return 2 if known else 1
 
-# %% ../nbs/32_cli.ipynb #a6fcc159
+# %% ../nbs/32_cli.ipynb #db80e87d
 def run(
     name:str, # of the sub-command
     argv:list[str], # words behind it
@@ -109,7 +110,7 @@ def run(
     except KeyboardInterrupt: print(f'{called}: stopped by the keyboard{c.again}', file=sys.stderr); return 130
     except Exception as e: return complain(called, e, trace)
 
-# %% ../nbs/32_cli.ipynb #fb57ce1d
+# %% ../nbs/32_cli.ipynb #3db81208
 QUIET = {'TRANSFORMERS_VERBOSITY': 'error', 'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'TOKENIZERS_PARALLELISM': 'false'}
 
 def main(
@@ -129,5 +130,5 @@ def main(
     print(f'omnilab: {argv[0]!r}: no such command; ' + (f'did you mean {near[0]}?' if near else f'expected one of {", ".join(COMMANDS)}'), file=sys.stderr)
     return 2
 
-# %% ../nbs/32_cli.ipynb #7b6b306e
+# %% ../nbs/32_cli.ipynb #fd47f4ba
 if __name__ == '__main__' and '__file__' in globals(): sys.exit(main())

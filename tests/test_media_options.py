@@ -102,8 +102,9 @@ def test_same_run_with_a_cache(runs):
 def test_second_run_reads_everything(world, runs):
     from omnilab.data.samples import read
     from omnilab.forest.cache import encode_once
-    from omnilab.train.feed import with_system
-    rows = encode_once(with_system(read(world), 'Be brief.'), runs[0].processor, runs[0].run.model.get_base_model())
+    from omnilab.train.feed import all_as_said
+    from omnilab.train.recipe import DataArgs
+    rows = encode_once(all_as_said(read(world), DataArgs(system='Be brief.')), runs[0].processor, runs[0].run.model.get_base_model())
     assert rows.misses == 0
 
 

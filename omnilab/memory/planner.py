@@ -18,7 +18,7 @@ from ..train.allowed import check
 from ..train.feed import plan_packs, read_files
 from ..train.launch import refuse
 from ..train.model import load_model
-from ..train.recipe import Count, RecipeError, SFTRecipe, command, one_line, opt
+from ..train.recipe import Count, RecipeError, SFTRecipe, command, error_line, opt
 from ..variant import varied
 
 # %% ../../nbs/memory/03_planner.ipynb #f1709127
@@ -317,7 +317,7 @@ def main(
     "Foresee memory as the command line says."
     recipe = command(MemoryRecipe, argv, name)
     try: found = plan(recipe)
-    except (ValueError, OSError) as e: print(f'{name}: {one_line(e)}', file=sys.stderr); sys.exit(2)
+    except (ValueError, OSError) as e: print(f'{name}: {error_line(e)}', file=sys.stderr); sys.exit(2)
     print(found)
     if recipe.keep: print(found.save(recipe.output))
     if recipe.picture: found.draw(card_bytes(recipe.card) if recipe.card else 0).savefig(recipe.picture); print(recipe.picture)

@@ -101,16 +101,13 @@ def check_packed(
         raise RecipeError('adapter.options.last: the rows are packed already, without marks; expected data.train')
 
 def check_test(
-    recipe:SFTRecipe, # its `train` and `data`
+    recipe:SFTRecipe, # its `train`
     test, # held-out rows, or none
 ):
-    "Held-out rows, where something waits for what they tell, or says how to ask them."
-    t, d = recipe.train, recipe.data
+    "Held-out rows, where something waits for what they tell."
+    t = recipe.train
     for option, asks in (('patience', t.patience), ('keep_best', t.keep_best.partition(' ')[2].startswith(('test/', 'answers/')))):
         if asks and not test: raise RecipeError(f'train.{option} = {getattr(t, option)!r}: nothing is evaluated; expected rows in data.test')
-    for option in 'eval_rows', 'max_new_tokens':
-        if getattr(d, option) != getattr(type(d)(), option) and not test:
-            raise RecipeError(f'data.{option} = {getattr(d, option)}: nothing is asked; expected rows in data.test')
 
 # %% ../../nbs/train/15_allowed.ipynb #89f3ebb2
 def check_data(

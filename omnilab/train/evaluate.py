@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 from ..settings import settings
-from .recipe import Boxes, Count, ModelArgs, Share, Size, Whole, command, one_line, opt, to_yaml
+from .recipe import Boxes, Count, ModelArgs, Share, Size, Whole, command, error_line, opt, to_yaml
 
 # %% ../../nbs/train/22_evaluate.ipynb #64c590b9
 @dataclass
@@ -166,7 +166,7 @@ def main_infer(
     try:
         done = infer(recipe)
         for part in done.parts: print(line_of(part, recipe.out))
-    except (ValueError, OSError) as e: print(f'{name}: {one_line(e)}', file=sys.stderr); sys.exit(2)
+    except (ValueError, OSError) as e: print(f'{name}: {error_line(e)}', file=sys.stderr); sys.exit(2)
     return done
 
 # %% ../../nbs/train/22_evaluate.ipynb #fa7a0da1
@@ -221,7 +221,7 @@ def main(
         print(scores)
         for p in scores.recipe['skipped']: print(f'skipped: {p}')
         if recipe.output: print(f'written: {keep(scores, recipe)}')
-    except (ValueError, OSError) as e: print(f'{name}: {one_line(e)}', file=sys.stderr); sys.exit(2)
+    except (ValueError, OSError) as e: print(f'{name}: {error_line(e)}', file=sys.stderr); sys.exit(2)
     return scores
 
 # %% ../../nbs/train/22_evaluate.ipynb #304231ff
@@ -248,7 +248,7 @@ def main_check(
         m = open_checked(recipe)
         from omnilab.train.check import check
         report = check(m.model, m.processor, m.name)
-    except (ValueError, OSError) as e: print(f'{name}: {one_line(e)}', file=sys.stderr); sys.exit(2)
+    except (ValueError, OSError) as e: print(f'{name}: {error_line(e)}', file=sys.stderr); sys.exit(2)
     print(report)
     if not report.ok: sys.exit(1)
     return report

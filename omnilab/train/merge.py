@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 from ..settings import settings
 from .evaluate import open_model, own_processor, resolve_adapter
-from .recipe import ModelArgs, Share, Size, Whole, command, one_line, opt
+from .recipe import ModelArgs, Share, Size, Whole, command, error_line, opt
 
 # %% ../../nbs/train/26_merge.ipynb #b91362d7
 @dataclass
@@ -76,6 +76,6 @@ def main(
     try:
         m = merged(recipe)
         done = write_folder(Path(recipe.output), lambda d: (m.model.save_pretrained(d), m.processor.save_pretrained(d)))
-    except (ValueError, OSError) as e: print(f'{name}: {one_line(e)}', file=sys.stderr); sys.exit(2)
+    except (ValueError, OSError) as e: print(f'{name}: {error_line(e)}', file=sys.stderr); sys.exit(2)
     print(f'written: {done}')
     return done

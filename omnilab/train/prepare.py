@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 from ..data.parts import MEDIA
 from ..settings import settings
-from .recipe import Boxes, Count, MediaArgs, Switch, Whole, command, one_line, opt
+from .recipe import Boxes, Count, MediaArgs, Switch, Whole, command, error_line, opt
 
 # %% ../../nbs/train/25_prepare.ipynb #21d5aa6c
 @dataclass
@@ -204,7 +204,7 @@ def main(
     "Look at a data set as the command line says; status 1 if something is wrong with it, 2 for mistakes."
     recipe = command(PrepareRecipe, argv, name)
     try: found = prepare(recipe)
-    except (ValueError, OSError) as e: print(f'{name}: {one_line(e)}', file=sys.stderr); sys.exit(2)
+    except (ValueError, OSError) as e: print(f'{name}: {error_line(e)}', file=sys.stderr); sys.exit(2)
     print(found)
     if not found.ok: sys.exit(1)
     return found

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Count', 'Whole', 'Boxes', 'Size', 'Share', 'Switch', 'TRACKERS', 'FREE', 'EXPECTED', 'PEERS', 'opt', 'ModelArgs',
            'DataArgs', 'MediaArgs', 'AdapterArgs', 'TrainArgs', 'GaLoreArgs', 'SFTRecipe', 'Option', 'options',
-           'describe', 'number', 'coerce', 'RecipeError', 'one_line', 'Entry', 'aim', 'walk', 'read_yaml', 'read_args',
-           'tables', 'unknown', 'build', 'from_args', 'to_yaml', 'help_text', 'command']
+           'describe', 'number', 'coerce', 'RecipeError', 'error_line', 'Entry', 'aim', 'walk', 'read_yaml',
+           'read_args', 'tables', 'unknown', 'build', 'from_args', 'to_yaml', 'help_text', 'command']
 
 # %% ../../nbs/train/00_recipe.ipynb #b36523c1
 import sys, types, typing
@@ -245,7 +245,7 @@ class RecipeError(ValueError):
 EXPECTED = {FileNotFoundError: 'a path that exists', FileExistsError: 'a folder, or a new path', NotADirectoryError: 'a folder',
             IsADirectoryError: 'a file', PermissionError: 'one that may be read and written'}
 
-def one_line(
+def error_line(
     e:BaseException, # what happened
 )->str: # for the terminal
     "An error's own words; of a file, its name, what is wrong and what was expected."

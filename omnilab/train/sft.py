@@ -18,7 +18,7 @@ from .feed import all_as_said, describe_packs, files, fingerprint, glance, plan_
 from .launch import sharded
 from .model import load_model, save_model, trainable, whole_model
 from .ready import readied, towered
-from .recipe import FREE, RecipeError, SFTRecipe, command, one_line, to_yaml
+from .recipe import FREE, RecipeError, SFTRecipe, command, error_line, to_yaml
 from ..variant import ACTIVE, varied
 
 # %% ../../nbs/train/21_sft.ipynb #ade8bdd4
@@ -184,7 +184,7 @@ def main(
     recipe = command(SFTRecipe, argv, name)
     try: told = dry_run(recipe) if recipe.dry_run else run(recipe)
     except (ValueError, OSError, FloatingPointError) as e:
-        print(f'{name}: {one_line(e)}', file=sys.stderr); sys.exit(2)
+        print(f'{name}: {error_line(e)}', file=sys.stderr); sys.exit(2)
     from accelerate import PartialState
     PartialState().print(told)                  # of several processes, the first
     return None if recipe.dry_run else told
