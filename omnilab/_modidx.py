@@ -324,6 +324,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'omnilab.data.rows.conversations': ('data/rows.html#conversations', 'omnilab/data/rows.py'),
                                    'omnilab.data.rows.ending': ('data/rows.html#ending', 'omnilab/data/rows.py'),
                                    'omnilab.data.rows.joined': ('data/rows.html#joined', 'omnilab/data/rows.py'),
+                                   'omnilab.data.rows.label_of': ('data/rows.html#label_of', 'omnilab/data/rows.py'),
                                    'omnilab.data.rows.message_of': ('data/rows.html#message_of', 'omnilab/data/rows.py'),
                                    'omnilab.data.rows.messages_of': ('data/rows.html#messages_of', 'omnilab/data/rows.py'),
                                    'omnilab.data.rows.more_of': ('data/rows.html#more_of', 'omnilab/data/rows.py'),

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['ALIASES', 'CALLS', 'THOUGHTS', 'EXTRA', 'CHATS', 'PAIRS', 'SHAPES', 'TEMPLATE', 'Turn', 'call_of', 'more_of', 'turn',
            'joined', 'chat', 'pair', 'turns_of', 'system_of', 'ending', 'conversations', 'check_answers', 'message_of',
-           'template_of', 'boxes_in', 'messages_of', 'check_pair', 'to_sample', 'tagged', 'path_of', 'to_item',
-           'to_columns', 'to_turn', 'reserved', 'to_row', 'with_parts', 'save_media']
+           'template_of', 'boxes_in', 'messages_of', 'check_pair', 'label_of', 'to_sample', 'tagged', 'path_of',
+           'to_item', 'to_columns', 'to_turn', 'reserved', 'to_row', 'with_parts', 'save_media']
 
 # %% ../../nbs/data/06_rows.ipynb #523c632d
 import json, os
@@ -275,7 +275,11 @@ def check_pair(
     if not k or {m.role for ms in (messages, rejected) for m in ms[k:k + 1]} != {'assistant'}:
         raise wrong(field, f'another conversation from message {k} on', 'the same up to an answer')
 
-# %% ../../nbs/data/06_rows.ipynb #2da3716e
+# %% ../../nbs/data/06_rows.ipynb #6f95dfb6
+def label_of(row:dict)->bool|None: # whether an answer is a good one; tables of text spell it out; None: a column like others, or none
+    value = row.get('label')
+    return value if isinstance(value, bool) else {'true': True, 'false': False}.get(str(value).lower())
+
 def to_sample(
     row:dict, # one row of a data set, as JSON or 🤗 Datasets gives it
     root:str|Path='.', # folder that paths are relative to
@@ -290,7 +294,7 @@ def to_sample(
         rejected = messages_of(worse, full, Path(root), answer, 'rejected_') if worse else []
         if worse: check_pair(messages, rejected, worse[-1].field)
     except RowError as e: raise e.at(origin) from None
-    label = row['label'] if isinstance(row.get('label'), bool) else None
+    label = label_of(full)
     used |= {'objects', *TEMPLATE, *sum(COLUMNS.values(), ()), *(f'rejected_{k}s' for k in MEDIA if worse), *(['label'] if label is not None else [])}
     return Sample(messages, {k: v for k, v in row.items() if k not in used}, origin, template, rejected, label)
 
@@ -361,7 +365,7 @@ def reserved(
     "Columns that `meta` can't hold."
     pairs = {'chosen', 'rejected', 'rejected_messages', 'rejected_response', *(f'rejected_{k}s' for k in MEDIA if sample.rejected)}
     first = {*CHATS, *PAIRS, 'text'} if sample.document else {'messages'}
-    label = {'label'} if sample.label is not None or isinstance(sample.meta.get('label'), bool) else set()
+    label = {'label'} if sample.label is not None or label_of(sample.meta) is not None else set()
     return {'system', 'objects', *TEMPLATE, *sum(COLUMNS.values(), ())} | pairs | first | label
 
 # %% ../../nbs/data/06_rows.ipynb #6600ed1c
